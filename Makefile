@@ -1,0 +1,79 @@
+# make setup   virtual environment, pinned requirements, build
+# make test    set-up, then the tests
+# make bench   set-up, then the comparison with torch: tables, CSV and PNG in bench-results/
+# make check   everything else that must hold: linters, layering, symbols, sanitizers, every ISA, packages
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: setup test bench check check-lint check-native check-isa check-package format clean help
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+# Test processes; each limits torch to one thread unless a test says otherwise (tests/conftest.py).
+JOBS ?= 2
+# What the machine can run is asked of the binary, so the loop is right on every machine.
+ISAS = $$($(PYTHON) -c 'from attnfast._ext import _C; print(*_C.available_isas())')
+KERNEL_TESTS := tests/test_isa.py tests/test_semantics_masking.py
+# At build time only; kernels compiled by an older build are found again by Ninja.
+CPP_SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h')
+CPP_FILES := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h')
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
+
+setup: $(VENV)/.built
+
+$(VENV)/.created:
+	tools/make_venv.sh $(VENV)
+	touch $@
+
+$(VENV)/.requirements: requirements-dev.txt $(VENV)/.created
+	$(PYTHON) -m pip install --disable-pip-version-check --quiet -r requirements-dev.txt
+	touch $@
+
+$(VENV)/.installed: pyproject.toml setup.py $(VENV)/.requirements
+	$(PYTHON) -m pip install --disable-pip-version-check --no-build-isolation --no-deps -e .
+	touch $@
+
+$(VENV)/.built: $(CPP_SOURCES) $(VENV)/.installed
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	touch $@
+
+test: setup
+	$(PYTHON) -m pytest -n $(JOBS) -q
+
+bench: setup
+	$(PYTHON) -m attnfast bench --out bench-results
+
+check: check-lint check-native check-isa check-package
+	@echo "make check: all good"
+
+check-lint: setup
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP_FILES)
+	$(PYTHON) -m pytest -q tests/test_layering.py
+	$(PYTHON) tools/check_symbols.py
+
+# The kernels in a program of their own, once per sanitizer.
+check-native: setup
+	$(PYTHON) tools/native_tests.py address thread
+
+# Every ISA below the best one, which `make test` has run.
+check-isa: setup
+	for isa in $(ISAS); do \
+	  echo "ATTNFAST_ISA=$$isa"; ATTNFAST_ISA=$$isa $(PYTHON) -m pytest -n $(JOBS) -q $(KERNEL_TESTS); \
+	done
+
+# sdist, wheel from the sdist in an isolated build, installed and used outside the repository.
+check-package: setup
+	$(PYTHON) tools/check_package.py
+
+format: setup
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CPP_FILES)
+
+clean:
+	rm -rf build dist *.egg-info attnfast/_C*.so $(VENV)/.installed $(VENV)/.built

@@ -1,0 +1,151 @@
+"""The compiled module: one function per op, called by :mod:`attnfast.ops` alone.
+
+Tensors are read through DLPack without a copy. ``query`` is ``[B, H, T_q, D]``, ``key`` ``[B, H_kv, T_k, D]``, ``value``
+``[B, H_kv, T_k, D_v]``, of one floating dtype and any strides; "Real" is float64 for float64 inputs, else float32. For
+packed (varlen) input B is 1, T_q and T_k are totals, and both ``cu_seqlens`` are given. Results are written to tensors
+that the caller made. ``None`` means absent. Arguments are positional. Every wrong argument is a TypeError or ValueError
+that names it; no call reads or writes out of bounds.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+def init(exchange_api_capsule: Any, parallel_for_address: int) -> None:
+    """Connect to torch and choose the ISA; ``attnfast._ext`` calls this once.
+
+    ``exchange_api_capsule`` is ``torch.Tensor.__dlpack_c_exchange_api__``, ``parallel_for_address`` the address of
+    libtorch_cpu's ``torch_parallel_for``. RuntimeError if ATTNFAST_ISA names no available variant.
+    """
+
+def dot_attention_fwd(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    weights: Tensor | None,
+    weights_index: Tensor | None,
+    weights_mode: int,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    bias2: Tensor | None,
+    query_lengths: Tensor | None,
+    key_lengths: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sink: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+    causal: int,
+    window_left: int,
+    window_right: int,
+    /,
+) -> None:
+    """Write softmax attention of the dot score to ``out``, and ``lse``, ``weights``, ``weights_index`` if given.
+
+    - ``out`` ``[B, H, T_q, D_v]``, dtype of query; ``lse`` Real, contiguous ``[B, H, T_q]``, base-2 log-sum-exp.
+    - ``weights_mode`` 0 none; 1 full ``[B, H, T_q, T_k]`` in query's dtype; 2 column sums ``[B, H, T_k]`` Real;
+      3 row maximum ``[B, H, T_q]`` Real with ``weights_index`` int64, contiguous ``[B, H, T_q]``.
+    - ``mask`` bool (True = may attend), ``bias``, ``bias2`` floating: views expanded to ``[B, H, T_q, T_k]``.
+    - ``query_lengths``, ``key_lengths`` int64 ``[B]``, not with packed input; ``cu_seqlens_q``, ``cu_seqlens_k`` int64
+      ``[N + 1]``.
+    - ``alibi_slopes`` Real ``[B, H]`` (``[N, H]`` if packed), any strides; ``sink`` Real, contiguous ``[H]``;
+      ``seed`` int64 ``[2]``: (seed, offset), needed if ``dropout_p`` > 0.
+    - ``softcap`` 0 = off; ``causal`` 0 none, 1 top left, 2 bottom right; windows -1 = unbounded.
+    """
+
+def dot_attention_bwd(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    grad_weights: Tensor | None,
+    weights_index: Tensor | None,
+    weights_mode: int,
+    delta_shift: Tensor | None,
+    grad_query: Tensor | None,
+    grad_key: Tensor | None,
+    grad_value: Tensor | None,
+    grad_bias: Tensor | None,
+    grad_bias2: Tensor | None,
+    grad_sink: Tensor | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    bias2: Tensor | None,
+    query_lengths: Tensor | None,
+    key_lengths: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sink: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+    causal: int,
+    window_left: int,
+    window_right: int,
+    threads: int,
+    /,
+) -> None:
+    """Write the gradients that are not None; the modifiers are those of the forward call.
+
+    - ``delta`` Real, contiguous ``[B, H, T_q]``: workspace; ``delta_shift`` likewise, added to rowsum(grad_out * out).
+    - ``grad_weights`` has the forward's ``weights`` layout and must be given exactly when ``weights_mode`` > 0.
+    - ``grad_query``, ``grad_key``, ``grad_value``: inputs' dtype and shape, any strides, written in full.
+    - ``grad_bias``, ``grad_bias2``: zero-filled Real buffers of the bias's own shape, expanded to
+      ``[B, H, T_q, T_k]``; dimensions of stride 0 are summed. ``grad_sink`` Real, contiguous ``[H]``.
+    - ``threads``: ``torch.get_num_threads()``; chooses the schedule, never the result.
+    """
+
+def dot_attention_decode_obstacle(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    bias2: Tensor | None,
+    query_lengths: Tensor | None,
+    key_lengths: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sink: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+    causal: int,
+    window_left: int,
+    window_right: int,
+    /,
+) -> str | None:
+    """Say why ``dot_attention_fwd`` would not take the decode kernel; None if it would. Nothing is computed."""
+
+def set_isa(name: str) -> str:
+    """Use the kernels of this variant ("auto" = the best available); return the name of the one in use before.
+
+    ValueError, naming the choices, if the variant is unknown, not built, or not supported by this machine.
+    """
+
+def get_isa() -> str:
+    """Name of the variant in use: "baseline", "avx2" or "avx512"."""
+
+def available_isas() -> list[str]:
+    """Variants that are built and that this machine can run, the best last."""
+
+def compiled_isas() -> list[str]:
+    """Variants that are part of this build, the best last."""
+
+def cpu_features() -> dict[str, bool]:
+    """CPU features that some variant needs, and whether this machine (and its operating system) has them."""
+
+def build_info() -> dict[str, Any]:
+    """What this binary is: version, compiler, cplusplus, python, pybind11, isas, sanitizer, debug."""

@@ -1,0 +1,371 @@
+"""From a user's call to the one form the lower layers know: checked 4-D tensors and plain options.
+
+Leading batch dimensions are folded into one by views, a float mask becomes a bias, and the scores ``cosine`` and ``l2``
+become plain dot products of prepared queries and keys.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from attnfast import _validate as check
+from attnfast.ops import DotAttentionOptions, draw_seed
+from attnfast.reference import AttentionOutput, real_dtype, unit_vectors
+
+
+class Call(NamedTuple):
+    """Arguments of ``autograd.dot_attention``, and what gives its results the caller's shape and dtype."""
+
+    arguments: tuple[Any, ...]
+    dtype: torch.dtype
+    leading: tuple[int, ...] | None  # [..., H]; () for 2-D operands, None for packed ones
+    extras: bool  # an AttentionOutput is wanted
+    jagged: Any = None  # the query [B, j, H, D] of a call with nested tensors
+
+
+def default_scale(score: str, head_size: int) -> float:
+    return head_size**-0.5 if score == "scaled_dot" and head_size else 1.0
+
+
+def sdpa_call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Call:
+    """Prepare a call of ``functional.scaled_dot_product_attention``."""
+    check.flag("is_causal", is_causal)
+    check.flag("enable_gqa", enable_gqa)
+    causal = "top_left" if is_causal else None
+    if _is_jagged(query, key, value):
+        check.absent("attn_mask", attn_mask, "jagged nested tensors")
+        return _jagged_call(query, key, value, causal=causal, scale=scale, dropout_p=dropout_p)
+    query, key, value = _operands(query, key, value)
+    check.ranks(query, key, value)
+    if query.dim() > 2:
+        if not enable_gqa:
+            named = [("query", query.shape[:-2]), ("key", key.shape[:-2]), ("value", value.shape[:-2])]
+            what = "leading dimensions [..., H] (enable_gqa=True allows H_kv that divides H)"
+            heads = check.broadcast(named, what)[-1]
+            query, key, value = (x.expand(*x.shape[:-3], heads, -1, -1) for x in (query, key, value))
+        elif key.shape[-3] != value.shape[-3]:
+            # torch lets key and value differ in heads here; one of them has to be repeated then.
+            check.shapes(query, key, value, equal_heads=False)
+            key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+    options = {"mask": attn_mask, "causal": causal, "scale": scale, "dropout_p": dropout_p}
+    return _call(query, key, value, mask_name="attn_mask", **options)
+
+
+def attention_call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    normalizer: str = "softmax",
+    prior: Any = None,
+    query_lengths: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    return_lse: bool = False,
+    return_weights: bool | str = False,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    **options: Any,
+) -> Call:
+    """Prepare a call of ``functional.attention``."""
+    check.normalizer(normalizer, prior)
+    if _is_jagged(query, key, value):
+        for name, x in (
+            ("mask", mask),
+            ("bias", bias),
+            ("query_lengths", query_lengths),
+            ("key_lengths", key_lengths),
+            ("return_lse", return_lse or None),
+            ("return_weights", return_weights or None),
+        ):
+            check.absent(name, x, "jagged nested tensors (use varlen_attention)")
+        return _jagged_call(query, key, value, **options)
+    return _call(
+        *_operands(query, key, value),
+        query_lengths=query_lengths,
+        key_lengths=key_lengths,
+        return_lse=return_lse,
+        return_weights=return_weights,
+        mask=mask,
+        bias=bias,
+        **options,
+    )
+
+
+def varlen_call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    normalizer: str = "softmax",
+    prior: Any = None,
+    **options: Any,
+) -> Call:
+    """Prepare a call of ``functional.varlen_attention``."""
+    check.normalizer(normalizer, prior)
+    query, key, value = _operands(query, key, value)
+    check.shapes(query, key, value, packed=True)
+    check.length_bound("max_seqlen_q", max_seqlen_q)
+    check.length_bound("max_seqlen_k", max_seqlen_k)
+    cu_seqlens = _cu_seqlens(cu_seqlens_q, cu_seqlens_k)
+    query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
+    return _call(query, key, value, cu_seqlens=cu_seqlens, **options)
+
+
+def finish(call: Call, out: Tensor, lse: Tensor | None, weights: Tensor | None) -> Any:
+    """Give the results of ``autograd.dot_attention`` the shape and dtype that the caller expects."""
+    if call.leading is None:
+        out = out.squeeze(0).transpose(0, 1)
+    elif len(call.leading) != 2:  # [B, H, ...] came in and goes out as it is
+        out = out.reshape(*call.leading, *out.shape[2:])
+    out = out.to(call.dtype)
+    if call.jagged is not None:
+        query = call.jagged
+        sizes = {"min_seqlen": query._get_min_seqlen(), "max_seqlen": query._get_max_seqlen()}
+        return torch.nested.nested_tensor_from_jagged(out, query.offsets(), **sizes).transpose(1, 2)
+    if not call.extras:
+        return out
+    if weights is not None and call.arguments[6].weights_mode == check.WEIGHTS_MODES["full"]:
+        weights = weights.to(call.dtype)  # sums and maxima stay in the accumulation type
+    return AttentionOutput(out, _unfold(lse, call.leading), _unfold(weights, call.leading))
+
+
+def _unfold(x: Tensor | None, leading: tuple[int, ...] | None) -> Tensor | None:
+    if x is None or (leading is not None and len(leading) == 2):
+        return x
+    return x.squeeze(0) if leading is None else x.reshape(*leading, *x.shape[2:])
+
+
+# --- tensors one by one ---------------------------------------------------------------------------------------------
+
+
+def _operands(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Checked for kind and dtype, after what autocast does to torch's own function; no negative bits remain."""
+    if isinstance(query, Tensor) and _autocast_enabled(query):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = _autocast(query, dtype), _autocast(key, dtype), _autocast(value, dtype)
+    check.operands(query, key, value)
+    return query.resolve_neg(), key.resolve_neg(), value.resolve_neg()
+
+
+def _autocast_enabled(x: Tensor) -> bool:
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def _autocast(x: Any, dtype: torch.dtype) -> Any:
+    eligible = isinstance(x, Tensor) and x.dtype in check.DTYPES and x.dtype is not torch.float64
+    return x.to(dtype) if eligible else x
+
+
+def _score_shaped(
+    name: str, x: Any, query: Tensor, names: str, target: Sequence[int], batch: Sequence[int]
+) -> Tensor:
+    """A mask or bias as a 4-D tensor broadcastable to ``[B, H, T_q, T_k]``."""
+    if isinstance(x, Tensor) and x.dtype is torch.bool and name != "bias":
+        check.tensor(name, x)
+    else:
+        if _autocast_enabled(query):
+            x = x if isinstance(x, Tensor) and x.dtype is torch.float32 else _autocast(x, query.dtype)
+        check.score_bias(name, x, query)
+        x = x.resolve_neg()
+    check.broadcastable(name, x, names, target)
+    return check.fold_score_shaped(x, batch, 3)
+
+
+def _lengths(name: str, x: Tensor | None, batch: Sequence[int]) -> Tensor | None:
+    if x is None:
+        return None
+    check.integers(name, x)
+    check.broadcastable(name, x, "the batch dimensions [...]", batch)
+    return x.to(torch.int64).expand(batch).reshape(-1).contiguous()
+
+
+def _cu_seqlens(cu_q: Any, cu_k: Any) -> tuple[Tensor, Tensor]:
+    wanted = frozenset({torch.int64, torch.int32})
+    for name, x in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
+        check.integers(name, x, wanted)
+        if x.dim() != 1 or x.shape[0] == 0:
+            raise ValueError(f"{name}: expected 1 dimension [N + 1] for N sequences, got {check.shape_text(x.shape)}")
+    if cu_q.shape != cu_k.shape:
+        raise ValueError(f"cu_seqlens_k: expected [N + 1] = {check.shape_text(cu_q.shape)} (cu_seqlens_q's), "
+                         f"got {check.shape_text(cu_k.shape)}")  # fmt: skip
+    return cu_q.to(torch.int64).contiguous(), cu_k.to(torch.int64).contiguous()
+
+
+def _alibi(x: Tensor | None, names: str, target: Sequence[int], real: torch.dtype) -> Tensor | None:
+    if x is None:
+        return None
+    check.floating("alibi_slopes", x)
+    if x.requires_grad:
+        raise ValueError("alibi_slopes: has no gradient, got a tensor with requires_grad=True; use .detach() or a bias")
+    if x.dim() == 0:
+        raise ValueError(f"alibi_slopes: expected [H] or {names}, got a 0-dimensional tensor")
+    check.broadcastable("alibi_slopes", x, names, target)
+    x = x.to(real).resolve_neg().expand(*x.shape[:-1], target[-1])
+    return check.fold_score_shaped(x, target[:-1], 1)
+
+
+def _sink(x: Tensor | None, heads: int, real: torch.dtype) -> Tensor | None:
+    if x is None:
+        return None
+    check.floating("sink", x)
+    if x.dim() != 1 or x.shape[0] != heads:
+        raise ValueError(f"sink: expected [H] = [{heads}], got {check.shape_text(x.shape)}")
+    return x.to(real).resolve_neg().contiguous()
+
+
+def _l2_operands(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys with two more columns, so that their dot product is ``-|q - k|^2`` exactly.
+
+    ``[2q, -|q|^2, 1] . [k, 1, -|k|^2]``. Both are centred on the keys' mean first (the score does not depend on the
+    origin), since squared norms cancel. A non-finite row becomes NaN and passes its gradient through unchanged, so that
+    the zero gradient of a masked row stays zero.
+    """
+    finite_k = key.detach().isfinite().all(-1, keepdim=True)
+    finite_q = query.detach().isfinite().all(-1, keepdim=True)
+    safe_k, safe_q = key.where(finite_k, 0.0), query.where(finite_q, 0.0)
+    if key.shape[2] > 0:
+        center = safe_k.detach().sum(2, keepdim=True) / finite_k.sum(2, keepdim=True).clamp_min(1)
+        safe_k = safe_k - center
+        groups = query.shape[1] // max(center.shape[1], 1)
+        safe_q = safe_q - (center if groups == 1 else center.repeat_interleave(groups, 1))
+    one_q, one_k = torch.ones_like(safe_q[..., :1]), torch.ones_like(safe_k[..., :1])
+    columns_q = torch.cat([2.0 * safe_q, -safe_q.square().sum(-1, keepdim=True), one_q], -1)
+    columns_k = torch.cat([safe_k, one_k, -safe_k.square().sum(-1, keepdim=True)], -1)
+    bad_q = torch.nn.functional.pad(query, (0, 2)) + math.nan
+    bad_k = torch.nn.functional.pad(key, (0, 2)) + math.nan
+    return torch.where(finite_q, columns_q, bad_q), torch.where(finite_k, columns_k, bad_k)
+
+
+# --- the whole call -------------------------------------------------------------------------------------------------
+
+
+def _call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    score: str = "scaled_dot",
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    causal: str | None = None,
+    window: tuple[int, int] | None = None,
+    query_lengths: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sink: Tensor | None = None,
+    softcap: float = 0.0,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    return_weights: bool | str = False,
+    cu_seqlens: tuple[Tensor, Tensor] | None = None,
+    mask_name: str = "mask",
+) -> Call:
+    """Check the rest of a call whose operands passed :func:`_operands`; packed operands come as ``[H, total, D]``."""
+    check.choice("score", score, check.SCORES)
+    left, right = check.window_sizes(window)
+    code, mode = check.causal_code(causal), check.weights_mode(return_weights)
+    softcap, dropout_p = check.softcap(softcap), check.dropout(dropout_p)
+    return_lse = check.flag("return_lse", return_lse)
+    packed, matrix = cu_seqlens is not None, query.dim() == 2
+    if not packed:
+        check.shapes(query, key, value)
+    scale = default_scale(score, query.shape[-1]) if scale is None else check.number("scale", scale)
+
+    if matrix:
+        query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
+    named = [("query", query.shape[:-3]), ("key", key.shape[:-3]), ("value", value.shape[:-3])]
+    batch = check.broadcast(named, "batch dimensions [...]")
+    heads, pairs = query.shape[-3], (query.shape[-2], key.shape[-2])
+    dtype, real = query.dtype, real_dtype(query.dtype)
+    if matrix:
+        pattern, target = "[T_q, T_k]", pairs
+    else:
+        pattern = "[H, total_q, total_k]" if packed else "[..., H, T_q, T_k]"
+        target = (*batch, heads, *pairs)
+
+    boolean, biases = None, []
+    if bias is not None:
+        biases.append(_score_shaped("bias", bias, query, pattern, target, batch))
+    if mask is not None:
+        folded = _score_shaped(mask_name, mask, query, pattern, target, batch)
+        if folded.dtype is torch.bool:
+            boolean = folded
+        else:
+            biases.append(folded)  # the first free slot: the kernels look at the second only if the first is taken
+    bias1, bias2 = (*biases, None, None)[:2]
+    samples = batch if cu_seqlens is None else (cu_seqlens[0].shape[0] - 1,)
+    alibi = _alibi(alibi_slopes, "[N, H]" if packed else "[..., H]", (*samples, heads), real)
+    cu_q, cu_k = (None, None) if cu_seqlens is None else cu_seqlens
+    options = DotAttentionOptions(
+        mask=boolean,
+        query_lengths=_lengths("query_lengths", query_lengths, batch),
+        key_lengths=_lengths("key_lengths", key_lengths, batch),
+        cu_seqlens_q=cu_q,
+        cu_seqlens_k=cu_k,
+        alibi_slopes=alibi,
+        seed=draw_seed() if dropout_p > 0 else None,
+        scale=scale,
+        softcap=softcap,
+        dropout_p=dropout_p,
+        causal=code,
+        window_left=left,
+        window_right=right,
+        weights_mode=mode,
+    )
+    logit = _sink(sink, heads, real)
+    query, key, value = check.fold(query, batch), check.fold(key, batch), check.fold(value, batch)
+    if score == "cosine":
+        query, key = unit_vectors(query).to(dtype), unit_vectors(key).to(dtype)
+    elif score == "l2":
+        query, key = _l2_operands(query.to(real), key.to(real))
+        value = value.to(real)
+    arguments = (query, key, value, bias1, bias2, logit, options, return_lse)
+    leading = None if packed else () if matrix else (*batch, heads)
+    return Call(arguments, dtype, leading, return_lse or mode != 0)
+
+
+# --- jagged nested tensors ------------------------------------------------------------------------------------------
+
+
+def _is_jagged(*tensors: Any) -> bool:
+    return all(isinstance(x, Tensor) and x.is_nested and x.layout is torch.jagged for x in tensors)
+
+
+def _jagged_call(query: Any, key: Any, value: Any, **options: Any) -> Call:
+    """``[B, H, j, D]`` nested tensors (``[B, j, H, D]`` transposed, as torch asks for) through the packed path."""
+    packed = []
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.dim() != 4 or x._ragged_idx != 2 or x._lengths is not None:
+            raise ValueError(
+                f"{name}: expected a jagged nested tensor [B, H, j, D] without holes, made by transposing [B, j, H, D]"
+            )
+        packed.append(x.transpose(1, 2))
+    q, k, v = packed
+    for name, x in (("key", k), ("value", v)):
+        if x.shape[0] != q.shape[0]:
+            raise ValueError(f"{name}: expected B = {q.shape[0]} (query's) sequences, got {x.shape[0]}")
+    if k.offsets() is not v.offsets() and not torch.equal(k.offsets(), v.offsets()):
+        raise ValueError("value: expected the sequence lengths j of key, got different ones")
+    longest = q._get_max_seqlen(), k._get_max_seqlen()
+    call = varlen_call(q.values(), k.values(), v.values(), q.offsets(), k.offsets(), *longest, **options)
+    return call._replace(jagged=q)

@@ -1,0 +1,129 @@
+"""Second and higher derivatives of the dot core.
+
+The kernels give the first derivative. Its own derivative is rarely on a hot path (gradient penalties, Hessian-vector
+products), so it is taken from the specification: ``reference.dot_attention`` is differentiated twice in blocks of query
+rows. Query rows meet each other only in sums (the gradients of key, value, sink and broadcast biases), hence the blocks
+are independent and the extra memory is ``O(B H block T_k)``, not ``O(B H T_q T_k)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from attnfast import ops, reference
+
+# Elements of one [B, H, block, T_k] intermediate; about twenty of them live at a time.
+_BLOCK_ELEMENTS = 2**19
+_QUERY, _BIAS, _BIAS2 = 3, 6, 7  # slots: gradients of out, lse, weights; query, key, value, bias, bias2, sink
+
+
+def second_order(
+    grad_grads: Sequence[Tensor | None],
+    first_grads: Sequence[Tensor | None],
+    inputs: Sequence[Tensor | None],
+    options: ops.DotAttentionOptions,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """Differentiate the backward pass.
+
+    Parameters
+    ----------
+    grad_grads : sequence
+        Gradients of what the backward returned: those of (query, key, value, bias, bias2, sink); None = zero.
+    first_grads : sequence
+        What the backward was given: gradients of out, base-2 lse and weights; None = zero.
+    inputs : sequence
+        query, key, value, bias, bias2, sink.
+    options : DotAttentionOptions
+        The call's options.
+    wanted : sequence of bool
+        Which of the nine (first_grads, then inputs) need a gradient.
+
+    Returns
+    -------
+    list
+        The nine gradients, None where not wanted or zero. In grad mode they are differentiable themselves.
+    """
+    query, key = inputs[0], inputs[1]
+    assert query is not None and key is not None
+    results: list[Tensor | None] = [None] * 9
+    if all(g is None for g in grad_grads) or all(g is None for g in first_grads) or not any(wanted):
+        return results
+    rows = query.shape[2]
+    width = query.shape[0] * query.shape[1] * key.shape[2]
+    block = max(1, min(rows, _BLOCK_ELEMENTS // max(width, 1)))
+    tensors = [*first_grads, *inputs]
+    if not torch.is_grad_enabled():  # nothing of a block may stay alive in a graph
+        tensors = [None if tensor is None else tensor.detach() for tensor in tensors]
+    has_rows = [_has_rows(slot, tensor, rows, options) for slot, tensor in enumerate(tensors)]
+    pieces: list[list[Tensor]] = [[] for _ in tensors]
+    # torch.func and not torch.autograd.grad, because this may itself run inside of a vmap.
+    with torch.autocast(query.device.type, enabled=False):
+        for first in range(0, rows, block):
+            place = (first, min(block, rows - first), rows)
+            for slot, piece in _block(grad_grads, tensors, has_rows, options, wanted, place).items():
+                if pieces[slot] and not has_rows[slot]:
+                    pieces[slot][0] = pieces[slot][0] + piece
+                else:
+                    pieces[slot].append(piece)
+        for slot, parts in enumerate(pieces):
+            if parts:
+                results[slot] = torch.cat(parts, 2) if has_rows[slot] else parts[0]
+    return results
+
+
+def _has_rows(slot: int, tensor: Tensor | None, rows: int, options: ops.DotAttentionOptions) -> bool:
+    """Whether dimension 2 of this operand runs over the query rows."""
+    if tensor is None:
+        return False
+    if slot < 2:
+        return True  # gradients of out and lse
+    if slot == 2:
+        return options.weights_mode != ops.WEIGHTS_COLUMN_SUM
+    if slot in (_BIAS, _BIAS2):
+        return tensor.shape[2] == rows and rows != 1
+    return slot == _QUERY
+
+
+def _block(
+    grad_grads: Sequence[Tensor | None],
+    tensors: Sequence[Tensor | None],
+    has_rows: Sequence[bool],
+    options: ops.DotAttentionOptions,
+    wanted: Sequence[bool],
+    place: tuple[int, int, int],
+) -> dict[int, Tensor]:
+    """The wanted gradients of one block of query rows, by slot."""
+    first, size, rows = place
+
+    def cut(tensor: Tensor, along_rows: bool) -> Tensor:
+        return tensor.narrow(2, first, size) if along_rows else tensor
+
+    parts = {at: cut(tensor, has_rows[at]) for at, tensor in enumerate(tensors) if tensor is not None}
+    targets = {at: cut(grad, has_rows[at]) for at, grad in enumerate(grad_grads, start=3) if grad is not None}
+    if options.mask is not None and options.mask.shape[2] != 1:
+        options = options._replace(mask=options.mask.narrow(2, first, size))
+
+    def backward(*values: Tensor) -> tuple[Tensor, ...]:
+        given = {**parts, **dict(zip(sources, values, strict=True))}
+
+        def forward(*values: Tensor) -> tuple[Tensor, ...]:
+            query, key, value, bias, bias2, sink = (
+                {**given, **dict(zip(targets, values, strict=True))}.get(at) for at in range(3, 9)
+            )
+            assert query is not None and key is not None and value is not None
+            out, lse, weights = reference.dot_attention(
+                query, key, value, bias, bias2, sink, options, 1 in given, rows=(first, rows)
+            )
+            results = (out, None if lse is None else lse / ops.LN2, weights)
+            return tuple(result for at, result in enumerate(results) if at in given and result is not None)
+
+        pull = torch.func.vjp(forward, *(given[at] for at in targets))[1]
+        return pull(tuple(given[at] for at in range(3) if at in given))
+
+    sources = [at for at in parts if wanted[at]]
+    pull = torch.func.vjp(backward, *(parts[at] for at in sources))[1]
+    return dict(zip(sources, pull(tuple(targets.values())), strict=True))

@@ -1,0 +1,169 @@
+"""``python -m attnfast bench``: attnfast beside PyTorch on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import CommandError
+from ._benchmarks import load_benchmarks
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_NEEDED = {"rich": "rich", "matplotlib": "matplotlib", "sklearn": "scikit-learn"}
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="compare with PyTorch: time, memory, error",
+        description="Time attnfast beside PyTorch's ways to compute the same thing, in turn inside one process, and "
+        "print tables. Writes DIR/bench.csv and DIR/bench.png. A ratio above 1 means attnfast is faster. Exit status 1 "
+        "when attnfast itself failed in a row.",
+    )
+    parser.add_argument(
+        "--suite", action="append", metavar="NAME", help="dot, overhead or model; repeatable (default: all)"
+    )
+    parser.add_argument("--case", default="", metavar="TEXT", help="only cases whose name contains TEXT")
+    parser.add_argument("--quick", action="store_true", help="fewer cases and rounds: less than two minutes")
+    parser.add_argument("--threads", default="1,2", metavar="N,...", help="numbers of threads (default: 1,2)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to run (default: cpu)")
+    parser.add_argument("--out", type=Path, default=Path("bench-results"), metavar="DIR", help="default: bench-results")
+    parser.add_argument("--compare", type=Path, metavar="CSV", help="also show the change since an earlier result")
+    parser.add_argument("--from", type=Path, dest="source", metavar="CSV", help="show this result instead of measuring")
+    parser.add_argument(
+        "--readme", type=Path, metavar="FILE", help="write the table of ratios between the markers of a Markdown file"
+    )
+    parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
+    parser.add_argument("--list", action="store_true", help="name the suites and cases and stop")
+    parser.set_defaults(run=run)
+
+
+def parse_threads(text: str) -> tuple[int, ...]:
+    """``"1,2"`` -> ``(1, 2)``."""
+    try:
+        threads = tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        threads = ()
+    if not threads or min(threads) < 1:
+        raise CommandError(f"--threads takes positive numbers separated by commas, got {text!r}")
+    return threads
+
+
+def run(arguments: argparse.Namespace) -> int:
+    missing = [package for module, package in _NEEDED.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise CommandError(
+            f"needs {', '.join(missing)}, which this Python does not have; run: pip install 'attnfast[bench]'"
+        )
+    threads = parse_threads(arguments.threads)
+    if arguments.device == "cuda":
+        found = f"CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
+        raise CommandError(
+            f"this build of attnfast has no CUDA kernels, so there is nothing to measure (torch is {found})"
+        )
+    registry = load_benchmarks("registry")
+    suites = tuple(arguments.suite or registry.suites())
+    for name in suites:
+        if name not in registry.suites():
+            raise CommandError(f"no suite {name!r}; there are {', '.join(registry.suites())}")
+    if arguments.list:
+        _list(registry, suites, arguments.quick)
+        return 0
+
+    report = load_benchmarks("report")
+    console = report.make_console()
+    earlier = _read(arguments.compare) if arguments.compare else None  # a wrong path should not cost the whole run
+    if arguments.readme and not arguments.readme.is_file():
+        raise CommandError(f"--readme: there is no file {arguments.readme}")
+    if arguments.source:
+        rows = _read(arguments.source)
+    else:
+        rows = _measure(arguments, suites, threads, console)
+    report.print_report(rows, console)
+    if earlier is not None:
+        console.print()
+        load_benchmarks("compare").print_comparison(rows, earlier, console)
+    if not arguments.source:
+        _save(rows, arguments.out, console)
+    if arguments.readme:
+        try:
+            report.write_readme(arguments.readme, rows)
+        except ValueError as error:
+            raise CommandError(str(error)) from None
+        console.print(f"Wrote the table of {arguments.readme}.")
+    results = load_benchmarks("results")
+    return int(any(row.peer == registry.OURS and row.status != results.OK for row in rows))
+
+
+def _measure(arguments: argparse.Namespace, suites: tuple[str, ...], threads: tuple[int, ...], console: Console) -> Any:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    runner = load_benchmarks("runner")
+    plan = runner.Plan(suites, threads, arguments.quick, arguments.case, memory=not arguments.no_memory)
+    if not plan.total():
+        raise CommandError(f"no case of {', '.join(suites)} has {arguments.case!r} in its name; see bench --list")
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, refresh_per_second=2) as progress:
+        task = progress.add_task("starting", total=plan.total())
+        started = False
+
+        def advance(text: str) -> None:
+            nonlocal started
+            progress.update(task, description=text or "done", advance=1 if started else 0)
+            started = True
+
+        execution = runner.Run(plan, advance)
+        rows = execution.execute()
+    if execution.left_out:
+        console.print(f"Left out for lack of time: {', '.join(execution.left_out)}.", style="yellow", markup=False)
+    return rows
+
+
+def _save(rows: Any, folder: Path, console: Console) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    load_benchmarks("results").write_csv(rows, folder / "bench.csv")
+    written = [folder / "bench.csv"]
+    try:
+        load_benchmarks("chart").write_chart(rows, folder / "bench.png")
+        written.append(folder / "bench.png")
+    except ValueError as error:
+        console.print(f"No chart: {error}")
+    console.print(f"Wrote {' and '.join(str(path) for path in written)}.", soft_wrap=True)
+
+
+def _read(path: Path) -> Any:
+    try:
+        rows = load_benchmarks("results").read_csv(path)
+    except OSError as error:
+        raise CommandError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+    if not rows:
+        raise CommandError(f"{path} has no rows")
+    return rows
+
+
+def _list(registry: Any, suites: tuple[str, ...], quick: bool) -> None:
+    for suite in suites:
+        print(suite)
+        for case in registry.cases(suite, quick):
+            print(f"  {case.name} ({', '.join(case.passes)}){'' if case.quick else ', full run only'}")

@@ -1,0 +1,127 @@
+"""``python -m attnfast explain``: which kernel a call would take, and why not a faster one."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+import torch
+
+import attnfast
+
+from . import CommandError
+
+_DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    try:
+        sizes = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        sizes = ()
+    if len(sizes) != 4 or min(sizes) < 0:
+        raise argparse.ArgumentTypeError(f"takes B,H,T_q,D, four sizes separated by commas, got {text!r}")
+    return sizes
+
+
+def _window(text: str) -> tuple[int, int]:
+    try:
+        left, right = (int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"takes LEFT,RIGHT (-1 for unbounded), got {text!r}") from None
+    return left, right
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "explain",
+        help="which kernel a call would take",
+        description="Name the kernel that a call of this shape with these options would take, and why not a faster "
+        "one. The tensors are made up; use attnfast.explain(function, ...) for your own.",
+    )
+    parser.add_argument(
+        "--shape", type=_sizes, default=(1, 8, 512, 64), metavar="B,H,T_q,D", help="default: 1,8,512,64"
+    )
+    parser.add_argument("--key-tokens", type=int, metavar="T_k", help="default: T_q")
+    parser.add_argument("--kv-heads", type=int, metavar="H_kv", help="default: H")
+    parser.add_argument("--value-size", type=int, metavar="D_v", help="default: D")
+    parser.add_argument("--dtype", choices=_DTYPES, default="float32")
+    parser.add_argument("--score", default="scaled_dot", help="dot, scaled_dot, cosine or l2 (default: scaled_dot)")
+    parser.add_argument("--causal", choices=("top_left", "bottom_right"))
+    parser.add_argument("--window", type=_window, metavar="LEFT,RIGHT")
+    parser.add_argument("--mask", action="store_true", help="a boolean mask [T_q, T_k]")
+    parser.add_argument("--bias", action="store_true", help="an added bias [H, T_q, T_k], with a gradient under --grad")
+    parser.add_argument("--softcap", type=float, default=0.0)
+    parser.add_argument("--dropout", type=float, default=0.0, metavar="P")
+    parser.add_argument("--return-weights", choices=("full", "column_sum", "row_max"))
+    parser.add_argument("--grad", action="store_true", help="with gradients")
+    parser.add_argument("--torch-signature", action="store_true", help="ask about scaled_dot_product_attention instead")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    batch, heads, query_tokens, size = arguments.shape
+    key_tokens = query_tokens if arguments.key_tokens is None else arguments.key_tokens
+    kv_heads = heads if arguments.kv_heads is None else arguments.kv_heads
+    value_size = size if arguments.value_size is None else arguments.value_size
+    dtype = _DTYPES[arguments.dtype]
+    try:
+        query = torch.empty(batch, heads, query_tokens, size, dtype=dtype, requires_grad=arguments.grad)
+        key = torch.empty(batch, kv_heads, key_tokens, size, dtype=dtype, requires_grad=arguments.grad)
+        value = torch.empty(batch, kv_heads, key_tokens, value_size, dtype=dtype, requires_grad=arguments.grad)
+        mask = torch.ones(query_tokens, key_tokens, dtype=torch.bool) if arguments.mask else None
+        bias = torch.zeros(heads, query_tokens, key_tokens, dtype=dtype) if arguments.bias else None
+        if bias is not None:
+            bias.requires_grad_(arguments.grad)
+        options: dict[str, Any]
+        if arguments.torch_signature:
+            function: Any = attnfast.scaled_dot_product_attention
+            options = _torch_options(arguments, mask, bias, kv_heads != heads)
+        else:
+            function = attnfast.attention
+            options = {
+                "score": arguments.score,
+                "mask": mask,
+                "bias": bias,
+                "causal": arguments.causal,
+                "window": arguments.window,
+                "softcap": arguments.softcap,
+                "dropout_p": arguments.dropout,
+                "return_weights": arguments.return_weights or False,
+            }
+        text = attnfast.explain(function, query, key, value, **options)
+    except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
+        raise CommandError(str(error)) from None
+    if arguments.json:
+        call = {name: option for name, option in options.items() if not isinstance(option, torch.Tensor)}
+        shapes = {"query": list(query.shape), "key": list(key.shape), "value": list(value.shape)}
+        print(
+            json.dumps(
+                {"function": function.__name__, "shapes": shapes, "options": call, "explanation": text}, indent=2
+            )
+        )
+    else:
+        print(text)
+    return 0
+
+
+def _torch_options(arguments: argparse.Namespace, mask: Any, bias: Any, grouped: bool) -> dict[str, Any]:
+    """Arguments of the torch signature; what it cannot express is refused rather than dropped."""
+    for name in ("window", "softcap", "return_weights"):
+        if getattr(arguments, name):
+            raise CommandError(f"--{name.replace('_', '-')} is not part of scaled_dot_product_attention's signature")
+    if arguments.score != "scaled_dot" or arguments.causal == "bottom_right" or (mask is not None and bias is not None):
+        raise CommandError("scaled_dot_product_attention has one mask, top-left causality and the scaled dot score")
+    return {
+        "attn_mask": mask if bias is None else bias,
+        "dropout_p": arguments.dropout,
+        "is_causal": arguments.causal == "top_left",
+        "enable_gqa": grouped,
+    }

@@ -1,0 +1,146 @@
+"""``explain``: which kernel a call would take, and why not a faster one.
+
+The call is checked and prepared exactly as a real one; then the layers below are asked: ``autograd.plan`` for the route
+and the binary for the kernel. No rule is written a second time here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnfast import _prepare, autograd, functional, ops, reference
+from attnfast._ext import _C
+from attnfast.ops import DotAttentionOptions
+
+_WEIGHTS = {1: "the full weights", 2: "the weights' column sums", 3: "the weights' row maxima"}
+_ROUTES = {
+    "kernel": "the kernel is called directly (no gradient wanted)",
+    "function": "the kernel runs inside an autograd.Function; the backward kernel gives the gradients",
+    "operator": "the same kernels run through torch.ops.attnfast, for torch.compile, export, dispatch modes, tensor "
+    "subclasses, vmap or torch.func.grad",
+    "reference": "plain PyTorch (attnfast.reference), O(T_q T_k) memory: forward-mode AD or a functorch transform of "
+    "second order is active, and the kernels have no forward-mode derivative; first- and second-order reverse mode "
+    "(torch.autograd.grad) use the kernels",
+}
+
+
+def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
+    """Name the kernel that ``fn(*args, **kwargs)`` would take, and why not the faster ones. Nothing is computed.
+
+    Parameters
+    ----------
+    fn : callable
+        A public attention function of attnfast (or of ``attnfast.reference``).
+    *args, **kwargs
+        Its arguments, checked as in a real call and with the same errors.
+
+    Returns
+    -------
+    str
+        A few lines: function and shapes, route, kernel with ISA and arithmetic, and what keeps the call from a faster
+        kernel.
+
+    Raises
+    ------
+    TypeError
+        `fn` is not one of those functions.
+    ValueError, TypeError, NotImplementedError
+        What the call itself would raise.
+
+    Examples
+    --------
+    >>> import torch, attnfast
+    >>> q = torch.zeros(1, 2, 16, 8)
+    >>> print(attnfast.explain(attnfast.attention, q, q, q).splitlines()[0])
+    attention: query [1, 2, 16, 8], key [1, 2, 16, 8], value [1, 2, 16, 8], float32
+    """
+    known: dict[Callable[..., Any], Callable[..., _prepare.Call]] = {
+        functional.attention: _prepare.attention_call,
+        functional.scaled_dot_product_attention: _prepare.sdpa_call,
+        functional.varlen_attention: _prepare.varlen_call,
+        reference.attention: _prepare.attention_call,
+        reference.scaled_dot_product_attention: _prepare.sdpa_call,
+        reference.varlen_attention: _prepare.varlen_call,
+    }
+    prepare = known.get(fn)
+    if prepare is None:
+        names = ", ".join(name for name in functional.__all__ if name != "AttentionOutput")
+        raise TypeError(f"fn: expected one of attnfast's functions {names}, got {getattr(fn, '__name__', fn)!r}")
+    with torch.random.fork_rng(devices=[]):  # preparing a call draws its dropout seed
+        call = prepare(*args, **kwargs)
+    *tensors, options, _ = call.arguments
+    lines = [_headline(fn, call)]
+    if fn.__module__ == reference.__name__:
+        return "\n".join([*lines, "kernel: none; attnfast.reference is plain PyTorch by definition"])
+    route = autograd.plan(*tensors)
+    lines.append(f"route: {route}, {_ROUTES[route]}")
+    if route == "reference":
+        return "\n".join([*lines, "kernel: none"])
+    lines += _kernel(tensors, options)
+    lines += _preparation(kwargs.get("score", "scaled_dot"))
+    return "\n".join(lines)
+
+
+def _headline(fn: Callable[..., Any], call: _prepare.Call) -> str:
+    query, key, value, _, _, _, options, _ = call.arguments
+    shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in (("query", query), ("key", key), ("value", value)))
+    packed = "" if options.cu_seqlens_q is None else f", {options.cu_seqlens_q.shape[0] - 1} packed sequences"
+    return f"{fn.__name__}: {shapes}, {str(call.dtype).removeprefix('torch.')}{packed}"
+
+
+def _kernel(tensors: list[Any], options: DotAttentionOptions) -> list[str]:
+    query, key, value, bias, bias2, sink = tensors
+    dtype = str(query.dtype).removeprefix("torch.")
+    real = str(reference.real_dtype(query.dtype)).removeprefix("torch.")
+    arithmetic = f"{dtype} widened to {real}" if dtype != real else f"{real} arithmetic"
+    if not all(_is_readable(x) for x in (*tensors, *options[: ops.N_OPTION_TENSORS])):
+        return [f"kernel: chosen when real tensors arrive (these carry none); ISA {_C.get_isa()}, {arithmetic}"]
+    shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    mask, bias, bias2 = (None if x is None else x.expand(shape) for x in (options.mask, bias, bias2))
+    alibi = options.alibi_slopes
+    if alibi is not None:
+        rows = shape[0] if options.cu_seqlens_q is None else options.cu_seqlens_q.shape[0] - 1
+        alibi = alibi.expand(rows, shape[1])
+    obstacle = _C.dot_attention_decode_obstacle(
+        query.detach(), key.detach(), value.detach(), mask, _detached(bias), _detached(bias2), *options[1:5], alibi,
+        _detached(sink), *options[6:13],
+    )  # fmt: skip
+    name = "decode kernel (streams keys and values once)" if obstacle is None else "tile kernel"
+    if options.cu_seqlens_q is not None:
+        name = "tile kernel over packed sequences"
+    lines = [f"kernel: {name}, ISA {_C.get_isa()}, {arithmetic}"]
+    if obstacle is not None:
+        lines.append(f"not the decode kernel: {obstacle}")
+    if options.weights_mode:
+        lines.append(f"second pass: writes {_WEIGHTS[options.weights_mode]}, recomputing the scores")
+    isas = _C.available_isas()
+    faster = isas[isas.index(_C.get_isa()) + 1 :]
+    missing = [isa for isa in _C.compiled_isas() if isa not in isas]
+    if faster:
+        lines.append(f"not ISA {', '.join(faster)}: a lower one was chosen (ATTNFAST_ISA or set_isa)")
+    if missing:
+        absent = ", ".join(name for name, present in _C.cpu_features().items() if not present)
+        lines.append(f"not ISA {', '.join(missing)}: this machine lacks {absent}")
+    return lines
+
+
+def _detached(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach()
+
+
+def _is_readable(x: Tensor | None) -> bool:
+    """Whether the binary can look at this tensor: not fake, not a functorch wrapper, no subclass."""
+    return x is None or (type(x) in (Tensor, torch.nn.Parameter) and torch.func.debug_unwrap(x) is x)
+
+
+def _preparation(score: str) -> list[str]:
+    """What happens in torch before the kernel runs."""
+    if score == "cosine":
+        return ["preparation: query and key are normalised by torch operations first"]
+    if score == "l2":
+        return ["preparation: query and key get two more columns by torch operations first (|q|^2 and |k|^2)"]
+    return []

@@ -1,0 +1,384 @@
+"""The torch operators ``attnfast::dot_attention_fwd`` and ``attnfast::dot_attention_bwd``.
+
+This layer allocates every output and workspace and hands them to the binary; it holds no mathematics beyond the
+preparation of ``delta_shift``. Each operator exists twice: as a Python function that the eager path calls directly (a
+dispatcher round trip costs more than the binding itself), and as a ``torch.library`` operator that everything which
+traces, transforms or intercepts goes through. Both run the same function.
+
+Conventions shared by both operators: ``query [B, H, T_q, D]``, ``key [B, H_kv, T_k, D]``, ``value [B, H_kv, T_k, D_v]``,
+``mask``/``bias``/``bias2`` 4-D and broadcastable to ``[B, H, T_q, T_k]``, ``sink [H]``, ``alibi_slopes`` 2-D and
+broadcastable to ``[B, H]`` (``[N, H]`` for packed input of N sequences). ``lse`` is the **base-2** log-sum-exp.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from attnfast._ext import _C
+
+WEIGHTS_NONE, WEIGHTS_FULL, WEIGHTS_COLUMN_SUM, WEIGHTS_ROW_MAX = range(4)
+LN2 = math.log(2.0)
+
+
+class DotAttentionOptions(NamedTuple):
+    """Everything of one call that is neither one of the six differentiable tensors nor an output.
+
+    Attributes
+    ----------
+    mask : Tensor, optional
+        Boolean, 4-D, broadcastable to ``[B, H, T_q, T_k]``; True = may attend.
+    query_lengths, key_lengths : Tensor, optional
+        int64 ``[B]``.
+    cu_seqlens_q, cu_seqlens_k : Tensor, optional
+        int64 ``[N + 1]``; both or neither. Packed input: B is 1 and the token axes hold N sequences one after another.
+    alibi_slopes : Tensor, optional
+        Accumulation dtype, 2-D, broadcastable to ``[B, H]``.
+    seed : Tensor, optional
+        int64 ``[2]`` = (seed, offset); required when ``dropout_p > 0``.
+    scale, softcap, dropout_p : float
+        ``softcap`` 0 is off.
+    causal : int
+        0 none, 1 top-left, 2 bottom-right.
+    window_left, window_right : int
+        -1 is unbounded.
+    weights_mode : int
+        ``WEIGHTS_NONE``, ``WEIGHTS_FULL``, ``WEIGHTS_COLUMN_SUM`` or ``WEIGHTS_ROW_MAX``.
+    """
+
+    mask: Tensor | None = None
+    query_lengths: Tensor | None = None
+    key_lengths: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    seed: Tensor | None = None
+    scale: float = 1.0
+    softcap: float = 0.0
+    dropout_p: float = 0.0
+    causal: int = 0
+    window_left: int = -1
+    window_right: int = -1
+    weights_mode: int = WEIGHTS_NONE
+
+
+DEFAULT_OPTIONS = DotAttentionOptions()
+
+
+def draw_seed() -> Tensor:
+    """Draw the (seed, offset) pair of one dropout call from torch's CPU generator, so that torch.manual_seed rules."""
+    return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64)
+
+
+# The dtype that a kernel accumulates in, and that lse has.
+_REAL = {torch.float64: torch.float64, torch.float32: torch.float32}
+_empty_like = torch.empty_like
+
+
+def _real(dtype: torch.dtype) -> torch.dtype:
+    return _REAL.get(dtype, torch.float32)
+
+
+def _allocate_out(query: Tensor, value: Tensor) -> Tensor:
+    batch, heads, rows, head_size = query.shape
+    value_size = value.shape[3]
+    return _empty_like(query) if value_size == head_size else query.new_empty(batch, heads, rows, value_size)
+
+
+def _allocate_lse(query: Tensor) -> Tensor:
+    batch, heads, rows, _ = query.shape
+    return query.new_empty(batch, heads, rows, dtype=_real(query.dtype))
+
+
+def _allocate_weights(query: Tensor, key: Tensor, mode: int, packed: bool) -> tuple[Tensor | None, Tensor | None]:
+    batch, heads, query_tokens = query.shape[:3]
+    if mode == WEIGHTS_FULL:
+        shape = (batch, heads, query_tokens, key.size(2))
+        # Packed input: the kernels write each sequence's own block only.
+        return (query.new_zeros(shape) if packed else query.new_empty(shape)), None
+    if mode == WEIGHTS_COLUMN_SUM:
+        return query.new_zeros((batch, heads, key.size(2)), dtype=_real(query.dtype)), None
+    if mode == WEIGHTS_ROW_MAX:
+        shape = (batch, heads, query_tokens)
+        return query.new_empty(shape, dtype=_real(query.dtype)), query.new_empty(shape, dtype=torch.int64)
+    return None, None
+
+
+def _expand(tensor: Tensor | None, shape: Sequence[int]) -> Tensor | None:
+    return None if tensor is None else tensor.expand(shape)
+
+
+def _alibi_rows(query: Tensor, options: DotAttentionOptions) -> int:
+    cu_seqlens = options.cu_seqlens_q
+    return query.size(0) if cu_seqlens is None else cu_seqlens.size(0) - 1
+
+
+def dot_attention_fwd(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    bias2: Tensor | None,
+    sink: Tensor | None,
+    options: DotAttentionOptions,
+    need_lse: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Run the forward kernel.
+
+    Returns
+    -------
+    tuple
+        ``out [B, H, T_q, D_v]`` (in the query's memory layout when D_v == D), base-2 ``lse [B, H, T_q]`` if wanted,
+        ``weights`` and ``weights_index`` as ``options.weights_mode`` asks.
+    """
+    (
+        mask, query_lengths, key_lengths, cu_q, cu_k, alibi, seed,
+        scale, softcap, dropout_p, causal, window_left, window_right, mode,
+    ) = options  # fmt: skip
+    # _allocate_out and _allocate_lse written out: two calls are a tenth of a small problem's time.
+    batch, heads, rows, head_size = query.shape
+    value_size = value.shape[3]
+    out = _empty_like(query) if value_size == head_size else query.new_empty(batch, heads, rows, value_size)
+    lse = weights = index = None
+    if need_lse or mode:
+        lse = query.new_empty(batch, heads, rows, dtype=_REAL.get(query.dtype, torch.float32))
+    if mode:
+        weights, index = _allocate_weights(query, key, mode, cu_q is not None)
+    if mask is not None or bias is not None:
+        shape = (batch, heads, rows, key.shape[2])
+        mask, bias, bias2 = _expand(mask, shape), _expand(bias, shape), _expand(bias2, shape)
+    if alibi is not None:
+        alibi = alibi.expand(_alibi_rows(query, options), heads)
+    _C.dot_attention_fwd(
+        query, key, value, out, lse, weights, index, mode, mask, bias, bias2, query_lengths, key_lengths, cu_q, cu_k,
+        alibi, sink, seed, scale, softcap, dropout_p, causal, window_left, window_right,
+    )  # fmt: skip
+    return out, lse, weights, index
+
+
+def dot_attention_bwd(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_weights: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    weights: Tensor | None,
+    index: Tensor | None,
+    bias: Tensor | None,
+    bias2: Tensor | None,
+    sink: Tensor | None,
+    options: DotAttentionOptions,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Run the backward kernel.
+
+    ``grad_lse`` belongs to the base-2 ``lse`` that the forward returned. ``needs`` says which of the gradients of
+    (query, key, value, bias, bias2, sink) are wanted; the others come back as None.
+    """
+    (
+        mask, query_lengths, key_lengths, cu_q, cu_k, alibi, seed,
+        scale, softcap, dropout_p, causal, window_left, window_right, mode,
+    ) = options  # fmt: skip
+    need_query, need_key, need_value, need_bias, need_bias2, need_sink = needs
+    shift = None
+    if grad_lse is not None or grad_weights is not None:
+        shift = _delta_shift(grad_lse, grad_weights, query, key, lse, weights, index, bias, bias2, sink, options)
+    if grad_weights is None:
+        mode = WEIGHTS_NONE
+    if mode != WEIGHTS_ROW_MAX:
+        index = None
+    if grad_out is None:
+        grad_out = out.new_zeros(()).expand(out.shape)
+    elif grad_out.is_neg():
+        grad_out = grad_out.resolve_neg()
+    grad_query = _empty_like(query) if need_query else None
+    grad_key = _empty_like(key) if need_key else None
+    grad_value = _empty_like(value) if need_value else None
+    grad_bias = grad_bias2 = grad_sink = full_bias = full_bias2 = full_grad = full_grad2 = None
+    if mask is not None or bias is not None:
+        shape = (query.size(0), query.size(1), query.size(2), key.size(2))
+        mask, full_bias, full_bias2 = _expand(mask, shape), _expand(bias, shape), _expand(bias2, shape)
+        if need_bias and bias is not None:
+            grad_bias = torch.zeros(bias.shape, dtype=lse.dtype, device=bias.device)
+            full_grad = grad_bias.expand(shape)
+        if need_bias2 and bias2 is not None:
+            grad_bias2 = torch.zeros(bias2.shape, dtype=lse.dtype, device=bias2.device)
+            full_grad2 = grad_bias2.expand(shape)
+    if need_sink and sink is not None:
+        grad_sink = torch.zeros_like(sink)
+    if alibi is not None:
+        alibi = alibi.expand(_alibi_rows(query, options), query.size(1))
+    _C.dot_attention_bwd(
+        grad_out, query, key, value, out, lse, _empty_like(lse), grad_weights, index, mode, shift,
+        grad_query, grad_key, grad_value, full_grad, full_grad2, grad_sink,
+        mask, full_bias, full_bias2, query_lengths, key_lengths, cu_q, cu_k, alibi, sink, seed,
+        scale, softcap, dropout_p, causal, window_left, window_right, torch.get_num_threads(),
+    )  # fmt: skip
+    if grad_bias is not None and bias is not None:
+        grad_bias = grad_bias.to(bias.dtype)
+    if grad_bias2 is not None and bias2 is not None:
+        grad_bias2 = grad_bias2.to(bias2.dtype)
+    return grad_query, grad_key, grad_value, grad_bias, grad_bias2, grad_sink
+
+
+def _delta_shift(
+    grad_lse: Tensor | None,
+    grad_weights: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    weights: Tensor | None,
+    index: Tensor | None,
+    bias: Tensor | None,
+    bias2: Tensor | None,
+    sink: Tensor | None,
+    options: DotAttentionOptions,
+) -> Tensor:
+    """What the gradients of lse and weights add to ``delta``: rowsum(weights * grad_weights) - grad_lse (natural)."""
+    shift = None
+    if grad_weights is not None:
+        if options.weights_mode == WEIGHTS_COLUMN_SUM:
+            shift = _weighted_columns(grad_weights, query, key, bias, bias2, sink, options)
+        elif options.weights_mode == WEIGHTS_ROW_MAX:
+            assert weights is not None and index is not None
+            shift = torch.where(index >= 0, weights * grad_weights, 0.0)
+        else:
+            assert weights is not None
+            # Selected, not multiplied: a masked key's incoming gradient may be NaN or Inf.
+            product = weights.to(lse.dtype) * grad_weights
+            shift = torch.where(weights != 0, product, 0.0).sum(-1, dtype=lse.dtype)
+    if grad_lse is not None:
+        # d lse_2 / d lse_natural = 1 / ln 2
+        shift = grad_lse * (-1.0 / LN2) if shift is None else torch.sub(shift, grad_lse, alpha=1.0 / LN2)
+    assert shift is not None
+    return shift.contiguous()
+
+
+def _weighted_columns(
+    columns: Tensor,
+    query: Tensor,
+    key: Tensor,
+    bias: Tensor | None,
+    bias2: Tensor | None,
+    sink: Tensor | None,
+    options: DotAttentionOptions,
+) -> Tensor:
+    """weights @ columns for ``columns [B, H, T_k]``, as one more forward whose value is the columns.
+
+    The heads of a group share a key head but not their column, so each key head gets its group's columns as the value's
+    features; query head ``h`` reads feature ``h % group``. Half precision runs in float32, because the result is
+    subtracted from the columns themselves.
+    """
+    batch, heads, tokens = columns.shape
+    kv_heads = key.size(1)
+    group = heads // max(kv_heads, 1)
+    real = _real(query.dtype)
+    value = columns.to(real).reshape(batch, kv_heads, group, tokens).transpose(2, 3)
+    plain = options._replace(weights_mode=WEIGHTS_NONE)
+    result = dot_attention_fwd(query.to(real), key.to(real), value, bias, bias2, sink, plain, True)[0]
+    result = result.reshape(batch, kv_heads, group, query.size(2), group).diagonal(dim1=2, dim2=4)  # [B, H_kv, T_q, G]
+    return result.transpose(2, 3).reshape(batch, heads, query.size(2))
+
+
+# --- torch.library ---------------------------------------------------------------------------------------------------
+
+_MODIFIERS = (
+    "Tensor? mask, Tensor? query_lengths, Tensor? key_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+    "Tensor? alibi_slopes, Tensor? seed, float scale, float softcap, float dropout_p, int causal, SymInt window_left, "
+    "SymInt window_right, int weights_mode"
+)
+LIBRARY = torch.library.Library("attnfast", "DEF")
+LIBRARY.define(
+    "dot_attention_fwd(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? bias2, Tensor? sink, "
+    f"{_MODIFIERS}) -> (Tensor out, Tensor lse, Tensor weights, Tensor weights_index)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+LIBRARY.define(
+    "dot_attention_bwd(Tensor? grad_out, Tensor? grad_lse, Tensor? grad_weights, Tensor query, Tensor key, "
+    "Tensor value, Tensor out, Tensor lse, Tensor weights, Tensor weights_index, Tensor? bias, Tensor? bias2, "
+    f"Tensor? sink, bool[6] needs, {_MODIFIERS}) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, "
+    "Tensor grad_bias, Tensor grad_bias2, Tensor grad_sink)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+N_FWD_TENSORS = 6  # query, key, value, bias, bias2, sink
+N_BWD_TENSORS = 14  # grad_out ... sink, needs
+N_OPTION_TENSORS = 7  # mask ... seed
+
+
+def _nothing(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """An operator cannot return None: what was not asked for is an empty tensor."""
+    return like.new_empty((0,), dtype=dtype)
+
+
+def fill_weights(query: Tensor, weights: Tensor | None, index: Tensor | None) -> tuple[Tensor, Tensor]:
+    return (
+        _nothing(query, query.dtype) if weights is None else weights,
+        _nothing(query, torch.int64) if index is None else index,
+    )
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _options(args: Sequence[Any]) -> DotAttentionOptions:
+    """The options of an operator call, vectors contiguous as the binary wants them (a batching rule slices them)."""
+    mask, query_lengths, key_lengths, cu_q, cu_k, alibi, seed, *scalars = args
+    vectors = (_contiguous(x) for x in (query_lengths, key_lengths, cu_q, cu_k))
+    return DotAttentionOptions(mask, *vectors, alibi, _contiguous(seed), *scalars)
+
+
+def _fwd_op(*args):  # type: ignore[no-untyped-def]
+    query, key, value, bias, bias2, sink = args[:N_FWD_TENSORS]
+    options = _options(args[N_FWD_TENSORS:])
+    out, lse, weights, index = dot_attention_fwd(query, key, value, bias, bias2, _contiguous(sink), options, True)
+    return (out, lse, *fill_weights(query, weights, index))
+
+
+def _fwd_fake(*args):  # type: ignore[no-untyped-def]
+    query, key, value = args[:3]
+    options = DotAttentionOptions(*args[N_FWD_TENSORS:])
+    packed = options.cu_seqlens_q is not None
+    weights, index = _allocate_weights(query, key, options.weights_mode, packed)
+    return (_allocate_out(query, value), _allocate_lse(query), *fill_weights(query, weights, index))
+
+
+def _bwd_op(*args):  # type: ignore[no-untyped-def]
+    tensors, needs = list(args[: N_BWD_TENSORS - 1]), args[N_BWD_TENSORS - 1]
+    for at in (7, 9, 12):  # lse, weights_index, sink
+        tensors[at] = _contiguous(tensors[at])
+    grads = dot_attention_bwd(*tensors, _options(args[N_BWD_TENSORS:]), needs)
+    inputs = (*tensors[3:6], *tensors[10:13])
+    return tuple(
+        _nothing(tensors[3], (tensors[3] if source is None else source).dtype) if grad is None else grad
+        for grad, source in zip(grads, inputs, strict=True)
+    )
+
+
+def _bwd_fake(*args):  # type: ignore[no-untyped-def]
+    tensors, needs = args[: N_BWD_TENSORS - 1], args[N_BWD_TENSORS - 1]
+    query, key, value = tensors[3:6]
+    grads = [
+        torch.empty_like(source) if need else _nothing(query, source.dtype)
+        for source, need in zip((query, key, value), needs[:3], strict=True)
+    ]
+    for source, need in zip(tensors[10:13], needs[3:], strict=True):
+        if source is None or not need:
+            grads.append(_nothing(query, query.dtype if source is None else source.dtype))
+        else:
+            grads.append(source.new_empty(source.shape))
+    return tuple(grads)
+
+
+LIBRARY.impl("dot_attention_fwd", _fwd_op, "CPU")
+LIBRARY.impl("dot_attention_bwd", _bwd_op, "CPU")
+torch.library.register_fake("attnfast::dot_attention_fwd", _fwd_fake, lib=LIBRARY)
+torch.library.register_fake("attnfast::dot_attention_bwd", _bwd_fake, lib=LIBRARY)

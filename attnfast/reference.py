@@ -1,0 +1,249 @@
+"""Plain PyTorch specification of every function of the package.
+
+Nothing here is fast and nothing here touches the binary: each function is its formula, differentiable to any order
+and usable under ``torch.func``. The kernels are tested against this file in float64, and double backward, forward-mode
+AD and functorch transforms of the fused functions run through :func:`dot_attention` below.
+
+A masked key is *selected* out, never multiplied out: NaN or Inf in it reaches neither an output nor a gradient, of any
+order. `_reference_core` holds the parts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from attnfast._reference_core import CAUSAL_CODES, attend, real_dtype, unit_vectors  # noqa: F401 (part of the specification)
+
+WEIGHTS_MODES = {False: 0, True: 1, "full": 1, "column_sum": 2, "row_max": 3}
+
+
+class AttentionOutput(NamedTuple):
+    """What an attention function returns when more than the output is asked for.
+
+    Attributes
+    ----------
+    output : Tensor
+        ``[..., H, T_q, D_v]`` (packed: ``[total_q, H, D_v]``).
+    lse : Tensor or None
+        Natural logarithm of the sum of exponentials of each row, ``[..., H, T_q]``; ``-inf`` where nothing is visible.
+    weights : Tensor or None
+        The applied weights (after dropout): ``[..., H, T_q, T_k]``, their column sums ``[..., H, T_k]`` or row maxima
+        ``[..., H, T_q]``.
+    """
+
+    output: Tensor
+    lse: Tensor | None
+    weights: Tensor | None
+
+
+class _Options(NamedTuple):
+    """The fields of ``ops.DotAttentionOptions``, which :func:`dot_attention` accepts as well (duck typing)."""
+
+    mask: Tensor | None = None
+    query_lengths: Tensor | None = None
+    key_lengths: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    seed: Tensor | None = None
+    scale: float = 1.0
+    softcap: float = 0.0
+    dropout_p: float = 0.0
+    causal: int = 0
+    window_left: int = -1
+    window_right: int = -1
+    weights_mode: int = 0
+
+
+def dot_attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, bias2: Tensor | None, sink: Tensor | None,
+    options: Any, return_lse: bool, rows: tuple[int, int] | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    r"""The dot core on 4-D tensors, with the signature and results of ``autograd.dot_attention``.
+
+    .. math::
+        s_{qk} &= \mathrm{cap}(\mathrm{scale} \sum_d query_{qd}\, key_{kd}) - slope\,|q + off - k|
+                  + bias_{qk} + bias2_{qk} \\
+        lse_q &= \log\Big(e^{sink} + \sum_{k \text{ visible}} e^{s_{qk}}\Big), \quad
+        w_{qk} = e^{s_{qk} - lse_q} [k \text{ visible}] \cdot keep_{qk} / (1 - p) \\
+        out_q &= \sum_k w_{qk}\, value_k
+
+    with ``cap(s) = softcap tanh(s / softcap)`` (identity for 0), ``off`` the alignment offset (``T_k - T_q`` of the
+    sample for bottom_right, else 0) and k visible to q if every mask says so: ``k < key_length``,
+    ``q < query_length``, same packed sequence, ``k <= q + off`` (causal), ``q + off - left <= k <= q + off + right``
+    (window), ``mask`` and both biases different from ``-inf``.
+
+    Parameters
+    ----------
+    query, key, value : Tensor
+        ``[B, H, T_q, D]``, ``[B, H_kv, T_k, D]``, ``[B, H_kv, T_k, D_v]``; packed input has B = 1.
+    bias, bias2 : Tensor or None
+        Broadcastable to ``[B, H, T_q, T_k]``.
+    sink : Tensor or None
+        ``[H]``, a logit that takes part in the denominator only.
+    options : ops.DotAttentionOptions
+        Or any object with its fields.
+    return_lse : bool
+        Also return lse ``[B, H, T_q]``.
+    rows : tuple of int, optional
+        (first, total): ``query`` (and what has a T_q axis: mask, biases) holds only some rows, beginning at row
+        `first`, of a problem of `total` query rows. The results are those rows' (column sums: their share).
+
+    Returns
+    -------
+    tuple
+        ``(out, lse or None, weights or None)``; half types are accumulated in float32 and rounded once.
+    """
+    return attend("dot", query, key, value, bias, bias2, sink, options, return_lse, rows)
+
+
+# --- public functions -----------------------------------------------------------------------------------------------
+
+
+def _require_softmax(normalizer: str, prior: Any) -> None:
+    if normalizer != "softmax":
+        raise NotImplementedError(f"normalizer: the reference holds 'softmax' only, got {normalizer!r}")
+    if prior is not None:
+        raise NotImplementedError("prior: the reference has no post-softmax prior yet")
+
+
+def _scale(score: str, scale: float | None, head_size: int) -> float:
+    if scale is not None:
+        return float(scale)
+    return 1.0 / math.sqrt(head_size) if score == "scaled_dot" and head_size else 1.0
+
+
+def _fold(x: Tensor | None, batch: Sequence[int], full: bool) -> Tensor | None:
+    """``[..., X, Y, Z] -> [B, X, Y, Z]`` with leading dims broadcast to `batch`; few dims are filled with ones."""
+    if x is None:
+        return None
+    x = x[(None,) * max(0, 3 - x.dim())]
+    if not full and math.prod(x.shape[:-3]) == 1:
+        return x.reshape(1, *x.shape[-3:])
+    return x.expand(*batch, *x.shape[-3:]).reshape(math.prod(batch), *x.shape[-3:])
+
+
+def _fold_slopes(slopes: Tensor | None, batch: Sequence[int]) -> Tensor | None:
+    """``[H]`` or ``[..., H] -> [1 or B, H]``."""
+    if slopes is None or slopes.dim() == 1:
+        return None if slopes is None else slopes.unsqueeze(0)
+    return slopes.expand(*batch, slopes.shape[-1]).reshape(-1, slopes.shape[-1])
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, *, score: str = "scaled_dot", normalizer: str = "softmax",
+    mask: Tensor | None = None, bias: Tensor | None = None, causal: str | None = None,
+    window: tuple[int, int] | None = None, query_lengths: Tensor | None = None, key_lengths: Tensor | None = None,
+    alibi_slopes: Tensor | None = None, sink: Tensor | None = None, softcap: float = 0.0, scale: float | None = None,
+    dropout_p: float = 0.0, prior: Any = None, return_lse: bool = False, return_weights: bool | str = False,
+    dropout_seed: Tensor | None = None,
+) -> Tensor | AttentionOutput:  # fmt: skip
+    r"""Specification of :func:`attnfast.attention`: :func:`dot_attention` with the score
+
+    - ``"dot"``: :math:`q \cdot k` and ``"scaled_dot"``: :math:`q \cdot k / \sqrt{D}` (Vaswani et al. 2017, eq. 1);
+    - ``"cosine"``: :math:`q \cdot k / (\max(|q|, \epsilon) \max(|k|, \epsilon))`, epsilon 1e-8 (Graves et al. 2014, 6);
+    - ``"l2"``: :math:`-|q - k|^2`;
+
+    each times ``scale``. Shapes are those of :func:`attnfast.attention`; `dropout_seed` (int64 ``[2]``: seed, offset)
+    fixes the dropout mask and is drawn from torch's generator when it is not given. Arguments are not validated.
+    """
+    _require_softmax(normalizer, prior)
+    plain = query.dim() == 2
+    if plain:
+        query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
+    batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+    q, k, v = (cast(Tensor, _fold(x, batch, True)) for x in (query, key, value))
+    if score == "cosine":
+        q, k = unit_vectors(q), unit_vectors(k)
+    boolean = mask is not None and mask.dtype == torch.bool
+    lengths = [None if x is None else x.long().expand(batch).reshape(-1) for x in (query_lengths, key_lengths)]
+    if dropout_p > 0 and dropout_seed is None:
+        dropout_seed = draw_seed()
+    left, right = (-1, -1) if window is None else window
+    options = _Options(
+        _fold(mask, batch, False) if boolean else None, lengths[0], lengths[1], None, None,
+        _fold_slopes(alibi_slopes, batch), dropout_seed,
+        _scale(score, scale, query.shape[-1]), softcap, dropout_p, CAUSAL_CODES[causal], left, right,
+        WEIGHTS_MODES[return_weights],
+    )  # fmt: skip
+    bias2 = None if boolean else _fold(mask, batch, False)
+    out, lse, weights = attend(score, q, k, v, _fold(bias, batch, False), bias2, sink, options, return_lse)
+    leading = batch if plain else (*batch, q.shape[1])
+
+    def unfold(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.reshape(*leading, *x.shape[2:])
+
+    out = cast(Tensor, unfold(out)).to(query.dtype)
+    if not return_lse and not options.weights_mode:
+        return out
+    if weights is not None and options.weights_mode == 1:
+        weights = weights.to(query.dtype)
+    return AttentionOutput(out, unfold(lse), unfold(weights))
+
+
+def draw_seed() -> Tensor:
+    """int64 ``[2]``: a (seed, offset) pair from torch's default generator, so that ``torch.manual_seed`` rules."""
+    return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64)
+
+
+def scaled_dot_product_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, *,
+    dropout_seed: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    r"""Specification of :func:`attnfast.scaled_dot_product_attention`.
+
+    :math:`\mathrm{softmax}(scale\, Q K^T + mask)\, V` with all leading dimensions (heads included) broadcast;
+    ``is_causal`` aligns top-left. With `enable_gqa` query head h uses key and value head ``h // (H / H_kv)``.
+    """
+    if query.dim() > 2 and not enable_gqa:
+        heads = torch.broadcast_shapes(query.shape[-3:-2], key.shape[-3:-2], value.shape[-3:-2])
+        query, key, value = (x.expand(*x.shape[:-3], *heads, *x.shape[-2:]) for x in (query, key, value))
+    elif enable_gqa and key.shape[-3] != value.shape[-3]:
+        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+    out = attention(
+        query, key, value, mask=attn_mask, causal="top_left" if is_causal else None, scale=scale, dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
+    )  # fmt: skip
+    return cast(Tensor, out)
+
+
+def varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+    max_seqlen_k: int, *, score: str = "scaled_dot", normalizer: str = "softmax", mask: Tensor | None = None,
+    bias: Tensor | None = None, causal: str | None = None, window: tuple[int, int] | None = None,
+    alibi_slopes: Tensor | None = None, sink: Tensor | None = None, softcap: float = 0.0, scale: float | None = None,
+    dropout_p: float = 0.0, prior: Any = None, return_lse: bool = False, return_weights: bool | str = False,
+    dropout_seed: Tensor | None = None,
+) -> Tensor | AttentionOutput:  # fmt: skip
+    """Specification of :func:`attnfast.varlen_attention`: sequences packed along the token axis attend within
+    themselves. Formed as one block-diagonal problem over all tokens, ``O(total_q total_k)`` memory.
+    """
+    del max_seqlen_q, max_seqlen_k
+    _require_softmax(normalizer, prior)
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+    if score == "cosine":
+        q, k = unit_vectors(q), unit_vectors(k)
+    boolean = mask is not None and mask.dtype == torch.bool
+    if dropout_p > 0 and dropout_seed is None:
+        dropout_seed = draw_seed()
+    left, right = (-1, -1) if window is None else window
+    options = _Options(
+        _fold(mask, (), False) if boolean else None, None, None, cu_seqlens_q.long(), cu_seqlens_k.long(),
+        _fold_slopes(alibi_slopes, (cu_seqlens_q.shape[0] - 1,)), dropout_seed,
+        _scale(score, scale, query.shape[-1]), softcap, dropout_p, CAUSAL_CODES[causal], left, right,
+        WEIGHTS_MODES[return_weights],
+    )  # fmt: skip
+    bias2 = None if boolean else _fold(mask, (), False)
+    out, lse, weights = attend(score, q, k, v, _fold(bias, (), False), bias2, sink, options, return_lse)
+    out = out[0].transpose(0, 1).to(query.dtype)
+    if not return_lse and not options.weights_mode:
+        return out
+    if weights is not None and options.weights_mode == 1:
+        weights = weights.to(query.dtype)
+    return AttentionOutput(out, None if lse is None else lse[0], None if weights is None else weights[0])

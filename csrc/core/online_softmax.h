@@ -1,0 +1,38 @@
+// The running state of a softmax row in base 2, and how two states merge.
+// sum == 0 means "nothing visible yet"; the maximum then carries no information.
+#pragma once
+
+#include "host_device.h"
+
+namespace attnfast {
+
+constexpr double kLog2e = 1.4426950408889634074;
+
+ATTNFAST_HD float exp2_real(float x) { return __builtin_exp2f(x); }
+ATTNFAST_HD double exp2_real(double x) { return __builtin_exp2(x); }
+ATTNFAST_HD float log2_real(float x) { return __builtin_log2f(x); }
+ATTNFAST_HD double log2_real(double x) { return __builtin_log2(x); }
+
+template <class R>
+struct SoftmaxState {
+  R maximum, sum;
+};
+
+// Result of closing a row: what its accumulated output is multiplied by, and its log2-sum-exp2.
+template <class R>
+struct SoftmaxResult {
+  R output_scale, lse;
+};
+
+// The sink is one more logit (base 2) without a value: it only enlarges the denominator.
+template <class R>
+ATTNFAST_HD SoftmaxResult<R> close_row(SoftmaxState<R> s, bool has_sink, R sink) {
+  if (s.sum == R(0)) return {R(0), has_sink ? sink : -R(__builtin_inf())};
+  if (!has_sink || sink == -R(__builtin_inf())) return {R(1) / s.sum, s.maximum + log2_real(s.sum)};
+  R m = sink > s.maximum ? sink : s.maximum;
+  R scale = exp2_real(s.maximum - m);
+  R total = s.sum * scale + exp2_real(sink - m);
+  return {scale / total, m + log2_real(total)};
+}
+
+}  // namespace attnfast

@@ -1,0 +1,71 @@
+// Plain-data descriptions of one call, shared by the bindings and by every kernel (CPU and CUDA).
+// All strides are in elements. Pointers are borrowed: Python owns every tensor for the length of the call.
+#pragma once
+
+#include <cstdint>
+
+namespace attnfast {
+
+enum class DType : int32_t { kFloat64, kFloat32, kBFloat16, kFloat16, kBool, kInt64 };
+
+// How row q and column k line up when T_q != T_k.
+enum class Causal : int32_t { kNone = 0, kTopLeft = 1, kBottomRight = 2 };
+
+enum class WeightsMode : int32_t { kNone = 0, kFull = 1, kColumnSum = 2, kRowMax = 3 };
+
+// A strided tensor of four dimensions, [B, H, T, D] or broadcast to [B, H, T_q, T_k]; stride 0 means broadcast.
+struct Tensor4 {
+  void* data = nullptr;
+  int64_t stride[4] = {0, 0, 0, 0};
+  DType dtype = DType::kFloat32;
+};
+
+// One call of the dot-product core, forward or backward. "Real" below is the accumulation type: double for float64
+// inputs, float otherwise. Tensors marked contiguous carry no strides.
+struct DotAttentionParams {
+  int64_t batch = 0;  // B; for packed (varlen) input the number of sequences
+  int64_t heads = 0;
+  int64_t kv_heads = 0;
+  int64_t query_tokens = 0;  // T_q; for packed input the total
+  int64_t key_tokens = 0;    // T_k; for packed input the total
+  int64_t head_size = 0;     // D
+  int64_t value_size = 0;    // D_v
+
+  Tensor4 query, key, value;  // [B, H, T_q, D], [B, H_kv, T_k, D], [B, H_kv, T_k, D_v]
+  Tensor4 out;                // [B, H, T_q, D_v]; written by forward, read by backward
+  void* lse = nullptr;        // Real, contiguous [B, H, T_q]: log2 of the row's sum of exp, sink included;
+                              // forward without weights may leave it out
+
+  // Score modifications. `mask` is boolean (true = may attend); each bias is added; all broadcast to [B, H, T_q, T_k].
+  Tensor4 mask, bias[2];
+  const int64_t* query_lengths = nullptr;  // [B]
+  const int64_t* key_lengths = nullptr;    // [B]
+  const int64_t* cu_seqlens_q = nullptr;   // [B + 1], packed input only; batch strides are then ignored
+  const int64_t* cu_seqlens_k = nullptr;
+  const void* alibi_slopes = nullptr;  // Real, [B, H] with the strides below
+  int64_t alibi_stride[2] = {0, 0};
+  const void* sink = nullptr;  // Real, contiguous [H]
+  double scale = 1.0;
+  double softcap = 0.0;  // 0 = off
+  Causal causal = Causal::kNone;
+  int64_t window_left = -1, window_right = -1;  // -1 = unbounded
+  double dropout_p = 0.0;
+  uint64_t seed = 0, offset = 0;
+
+  // Attention weights on request (after dropout: output == weights @ value).
+  WeightsMode weights_mode = WeightsMode::kNone;
+  Tensor4 weights;                   // full [B, H, T_q, T_k]; column sum [B, H, 1, T_k]; row maximum [B, H, T_q, 1]
+  int64_t* weights_index = nullptr;  // contiguous [B, H, T_q]: argument of the row maximum (-1: nothing visible)
+
+  // Backward only. A null pointer means "not wanted".
+  Tensor4 grad_out;                     // [B, H, T_q, D_v]
+  Tensor4 grad_weights;                 // laid out as `weights`, any strides
+  const void* delta_shift = nullptr;    // Real, contiguous [B, H, T_q], added to rowsum(grad_out * out)
+  void* delta = nullptr;                // Real, contiguous [B, H, T_q], written
+  Tensor4 grad_query, grad_key, grad_value;
+  Tensor4 grad_bias[2];                 // Real, zero-filled, broadcast like bias: stride 0 dimensions are summed
+  void* grad_sink = nullptr;            // Real, contiguous [H]
+  int32_t threads = 1;                  // torch.get_num_threads(): chooses the schedule, never the result
+};
+
+}  // namespace attnfast

@@ -1,0 +1,230 @@
+// Decode: one query per head. The work is one pass over keys and values, so the kernel streams them: lanes run along D,
+// 16 (8) key rows are reduced at once, half types are widened in registers. Long key rows are split, the split chosen
+// from shapes alone, and partial states are merged in order.
+#include "dot_attention.h"
+#include "parallel.h"
+#include "score_tile.h"
+
+namespace attnfast::ATTNFAST_ISA {
+namespace {
+
+constexpr int64_t kDecodeChunk = 64;
+constexpr int64_t kSplitKeys = 512;  // at least this many keys a split
+constexpr int64_t kMinTasks = 16;
+
+template <class R>
+struct Decode {
+  const DotAttentionParams* p;
+  int64_t splits, share;
+  R *partial_out, *partial_max, *partial_sum;  // [head][split]
+  R scale2;
+};
+
+// Base-2 addends of one row of keys, -inf where masked; false if the call has none.
+template <class R>
+bool load_addends(const HeadContext& c, int64_t k0, int n, R* row, R* add) {
+  const DotAttentionParams& p = *c.p;
+  if (!has_addend(p)) return false;
+  constexpr R kLowest = std::is_same_v<R, double> ? R(-__DBL_MAX__) : R(-__FLT_MAX__);
+  R slope = p.alibi_slopes ? static_cast<const R*>(p.alibi_slopes)[c.s.batch * p.alibi_stride[0] +
+                                                                  c.h * p.alibi_stride[1]] *
+                                 R(kLog2e)
+                           : R(0);
+  for (int i = 0; i < n; i++) {
+    int64_t distance = c.band.offset - (k0 + i);
+    add[i] = -slope * R(distance < 0 ? -distance : distance);
+  }
+  for (const Tensor4& bias : p.bias)
+    if (bias.data) {
+      load_rows<R>(bias, offset4(bias, c.s.tensor_batch, c.h, 0, k0), 1, n, row, kDecodeChunk);
+      for (int i = 0; i < n; i++) {
+        R sum = add[i] + row[i] * R(kLog2e);
+        bool finite = row[i] != -infinity<R>() && add[i] != -infinity<R>();
+        add[i] = finite && sum < kLowest ? kLowest : sum;
+      }
+    }
+  if (p.mask.data) {
+    load_rows<R>(p.mask, offset4(p.mask, c.s.tensor_batch, c.h, 0, k0), 1, n, row, kDecodeChunk);
+    for (int i = 0; i < n; i++)
+      if (row[i] == R(0)) add[i] = -infinity<R>();
+  }
+  return true;
+}
+
+template <class R, class T>
+void decode_task(const Decode<R>& f, int64_t task) {
+  constexpr int N = kLanes<R>;
+  const DotAttentionParams& p = *f.p;
+  int64_t head = task / f.splits, split = task % f.splits;
+  HeadContext c = head_context(p, head / p.heads, head % p.heads);
+  int64_t depth = p.head_size, width = p.value_size;
+  R* base = static_cast<R*>(scratch(0, size_t(depth + width + 3 * kDecodeChunk) * sizeof(R)));
+  R *query = base, *out = query + depth, *weight = out + width, *row = weight + kDecodeChunk, *add = row + kDecodeChunk;
+  for (int64_t d = 0; d < width; d += N) store(out + d, Vec<R>{});
+  R maximum = -infinity<R>(), sum = 0;
+
+  int64_t begin = first_key(c.band, 0), end = c.s.queries > 0 ? end_key(c.band, 0) : 0;
+  if (begin < split * f.share) begin = split * f.share;
+  if (end > (split + 1) * f.share) end = (split + 1) * f.share;
+  if (begin < end) {
+    load_rows<R>(p.query, c.query_offset(p.query, 0), 1, depth, query, depth);
+    for (int64_t d = 0; d < depth; d += N) store(query + d, load(query + d) * f.scale2);
+  }
+  const T* keys = static_cast<const T*>(p.key.data) + c.key_offset(p.key, 0);
+  const T* values = static_cast<const T*>(p.value.data) + c.key_offset(p.value, 0);
+  int64_t key_stride = p.key.stride[2], value_stride = p.value.stride[2];
+  for (int64_t k0 = begin; k0 < end; k0 += kDecodeChunk) {
+    int n = int(end - k0 < kDecodeChunk ? end - k0 : kDecodeChunk);
+    int64_t ahead = k0 + kDecodeChunk < end ? kDecodeChunk : 0;
+    bool masked = load_addends<R>(c, k0, n, row, add);
+    R chunk_max = -infinity<R>();
+    for (int i = 0; i < n; i += N) {
+      Vec<R> dot[N];
+      for (int r = 0; r < N; r++) {
+        const T* k = keys + (k0 + (i + r < n ? i + r : n - 1)) * key_stride;
+        for (int64_t byte = 0; byte < depth * int64_t(sizeof(T)); byte += 64)
+          prefetch(reinterpret_cast<const char*>(k + ahead * key_stride) + byte);
+        Vec<R> a = load_as<R>(k) * load(query);
+        for (int64_t d = N; d < depth; d += N) a += load_as<R>(k + d) * load(query + d);
+        dot[r] = a;
+      }
+      store(weight + i, sum_rows<R>(dot));
+    }
+    for (int i = 0; i < n; i++) {
+      if (masked) weight[i] = add[i] == -infinity<R>() ? -infinity<R>() : weight[i] + add[i];
+      chunk_max = weight[i] > chunk_max ? weight[i] : chunk_max;
+      // NaN must survive to the output although comparisons ignore it: the exponential below turns it into one.
+    }
+    for (int i = n; i < (n + N - 1) / N * N; i++) weight[i] = -infinity<R>();
+    if (chunk_max > maximum) {
+      R rescale = sum == R(0) ? R(0) : exp2_real(maximum - chunk_max);
+      maximum = chunk_max;
+      sum *= rescale;
+      for (int64_t d = 0; d < width; d += N) store(out + d, load(out + d) * rescale);
+    }
+    Vec<R> chunk_sum{}, shift = splat(maximum == -infinity<R>() ? R(0) : maximum);
+    for (int i = 0; i < n; i += N) {
+      Vec<R> e = exp2v<R>(load(weight + i) - shift);
+      chunk_sum += e;
+      store(weight + i, e);
+    }
+    sum += sum_lanes<R>(chunk_sum);
+    const T* v = values + k0 * value_stride;
+    int i = 0;
+    if (!masked)
+      for (; i + 4 <= n; i += 4) {
+        const T *a = v + i * value_stride, *b = a + value_stride, *d = b + value_stride, *e = d + value_stride;
+        for (int64_t byte = 0; byte < width * int64_t(sizeof(T)); byte += 64)
+          for (int r = 0; r < 4; r++)
+            prefetch(reinterpret_cast<const char*>(a + (r + ahead) * value_stride) + byte);
+        for (int64_t x = 0; x < width; x += N) {
+          Vec<R> left = load_as<R>(a + x) * weight[i] + load_as<R>(b + x) * weight[i + 1];
+          Vec<R> right = load_as<R>(d + x) * weight[i + 2] + load_as<R>(e + x) * weight[i + 3];
+          store(out + x, load(out + x) + (left + right));
+        }
+      }
+    for (; i < n; i++) {
+      if (masked && add[i] == -infinity<R>()) continue;  // selected out: its value may be NaN
+      for (int64_t x = 0; x < width; x += N)
+        store(out + x, load(out + x) + load_as<R>(v + i * value_stride + x) * weight[i]);
+    }
+  }
+  if (f.splits > 1) {
+    f.partial_max[task] = maximum;
+    f.partial_sum[task] = sum;
+    for (int64_t d = 0; d < width; d += N) store(f.partial_out + task * width + d, load(out + d));
+    return;
+  }
+  R sink = p.sink ? static_cast<const R*>(p.sink)[c.h] * R(kLog2e) : R(0);
+  SoftmaxResult<R> done = close_row<R>({maximum == -infinity<R>() ? R(0) : maximum, sum}, p.sink, sink);
+  if (p.lse) static_cast<R*>(p.lse)[head] = done.lse;
+  if (sum == R(0))
+    store_zero_row<R>(p.out, c.query_offset(p.out, 0), width);
+  else
+    store_row<R>(p.out, c.query_offset(p.out, 0), width, out, done.output_scale);
+}
+
+template <class R>
+void merge_decode(const Decode<R>& f, int64_t head) {
+  constexpr int N = kLanes<R>;
+  const DotAttentionParams& p = *f.p;
+  int64_t b = head / p.heads, h = head % p.heads, width = p.value_size;
+  R* out = static_cast<R*>(scratch(0, size_t(width) * sizeof(R)));
+  R maximum = -infinity<R>(), sum = 0;
+  for (int64_t i = head * f.splits; i < (head + 1) * f.splits; i++)
+    if (f.partial_sum[i] != R(0) && f.partial_max[i] > maximum) maximum = f.partial_max[i];
+  if (maximum == -infinity<R>()) maximum = R(0);
+  for (int64_t d = 0; d < width; d += N) store(out + d, Vec<R>{});
+  for (int64_t i = head * f.splits; i < (head + 1) * f.splits; i++) {
+    if (f.partial_sum[i] == R(0)) continue;
+    R w = exp2_real((f.partial_max[i] == -infinity<R>() ? R(0) : f.partial_max[i]) - maximum);
+    sum += w * f.partial_sum[i];
+    for (int64_t d = 0; d < width; d += N) store(out + d, load(out + d) + load(f.partial_out + i * width + d) * w);
+  }
+  R sink = p.sink ? static_cast<const R*>(p.sink)[h] * R(kLog2e) : R(0);
+  SoftmaxResult<R> done = close_row<R>({maximum, sum}, p.sink, sink);
+  if (p.lse) static_cast<R*>(p.lse)[head] = done.lse;
+  int64_t offset = offset4(p.out, b, h, 0, 0);
+  if (sum == R(0))
+    store_zero_row<R>(p.out, offset, width);
+  else
+    store_row<R>(p.out, offset, width, out, done.output_scale);
+}
+
+template <class R, class T>
+void decode(const DotAttentionParams& p) {
+  Decode<R> f{};
+  f.p = &p;
+  f.scale2 = R(p.scale * kLog2e);
+  int64_t heads = p.batch * p.heads;
+  f.splits = 1;
+  if (heads > 0 && heads < kMinTasks && p.key_tokens >= 2 * kSplitKeys) {
+    int64_t wanted = (kMinTasks + heads - 1) / heads, possible = p.key_tokens / kSplitKeys;
+    f.splits = wanted < possible ? wanted : possible;
+  }
+  int64_t chunks = (p.key_tokens + kDecodeChunk - 1) / kDecodeChunk;
+  f.share = (chunks + f.splits - 1) / f.splits * kDecodeChunk;
+  if (f.splits > 1) {
+    int64_t slots = heads * f.splits;
+    f.partial_out = static_cast<R*>(scratch(1, size_t(slots * (p.value_size + 2)) * sizeof(R)));
+    f.partial_max = f.partial_out + slots * p.value_size;
+    f.partial_sum = f.partial_max + slots;
+  }
+  bool serial = double(heads) * double(p.key_tokens) * double(p.head_size + p.value_size) < kSerialWork / 4;
+  parallel_tasks(
+      heads * f.splits, serial,
+      [](void* context, int64_t task) { decode_task<R, T>(*static_cast<const Decode<R>*>(context), task); }, &f);
+  if (f.splits > 1)
+    parallel_tasks(
+        heads, true,
+        [](void* context, int64_t head) { merge_decode<R>(*static_cast<const Decode<R>*>(context), head); }, &f);
+}
+
+}  // namespace
+
+const char* dot_attention_decode_obstacle(const DotAttentionParams& p) {
+  int64_t lanes = p.query.dtype == DType::kFloat64 ? kLanes<double> : kLanes<float>;
+  if (p.query_tokens != 1) return "T_q is not 1";
+  if (p.cu_seqlens_q) return "the input is packed";
+  if (p.heads != p.kv_heads) return "query heads share key heads, whose keys one tile reads once for all of them";
+  if (p.softcap > 0) return "softcap is on";
+  if (p.dropout_p > 0) return "dropout is on";
+  if (p.head_size == 0 || p.head_size % lanes != 0) return "D is not a positive multiple of the vector length";
+  if (p.value_size % lanes != 0) return "D_v is not a multiple of the vector length";
+  if (p.key.stride[3] != 1) return "the last dimension of key is not contiguous";
+  if (p.value.stride[3] != 1) return "the last dimension of value is not contiguous";
+  return nullptr;
+}
+
+bool dot_attention_decode(const DotAttentionParams& p) {
+  if (dot_attention_decode_obstacle(p)) return false;
+  switch (p.query.dtype) {
+    case DType::kFloat64: decode<double, double>(p); return true;
+    case DType::kFloat32: decode<float, float>(p); return true;
+    case DType::kBFloat16: decode<float, BFloat16>(p); return true;
+    case DType::kFloat16: decode<float, Float16>(p); return true;
+    default: return false;
+  }
+}
+
+}  // namespace attnfast::ATTNFAST_ISA

@@ -1,0 +1,340 @@
+// Forward of the dot core: blocks of up to four query panels pass over the keys once, with an online softmax in base 2.
+//
+// The maximum is lazy: a panel's accumulators start at minus the maximum of its first visible tile, the exponential is
+// taken while scores are still in registers, and only if a row sum passes 2^40 is the tile redone with its true maximum.
+// When there are few blocks the keys are split as well and the partial states merged in order; the split depends on
+// shapes alone, so results do not depend on the number of threads.
+#include "dot_attention.h"
+#include "dot_tile.h"
+#include "parallel.h"
+
+
+namespace attnfast::ATTNFAST_ISA {
+namespace {
+
+constexpr int kMinTasks = 32;         // blocks shrink, then keys are split, until there are this many tasks
+constexpr int64_t kMinSplitKeys = 256;
+template <class R>
+constexpr R kSumLimit = R(0x1p40);
+
+template <class R>
+struct PanelState {
+  alignas(64) R minus_max[kPanel<R>];
+  alignas(64) R sum[kPanel<R>];  // 0: nothing visible yet
+  bool lazy;                     // every row has seen a key: the lazy maximum may be used
+};
+
+// What all tasks of a call share.
+template <class R>
+struct Forward {
+  DotAttentionParams p;
+  int64_t group, blocks, splits;
+  int panels;                              // per block
+  R *partial_out, *partial_max, *partial_sum;  // [splits][rows]..., only if splits > 1
+  int64_t depth_pad, value_pad, rows_total;
+  R scale2;  // scale * log2(e), folded into the packed queries
+};
+
+template <class R>
+struct ForwardScratch {
+  R *queries, *packed, *out, *probabilities, *keys, *values, *keep, *clean, *score;
+  static int64_t size(const Forward<R>& f) {
+    int64_t W = kPanel<R>;
+    return W * f.depth_pad + f.panels * W * (f.depth_pad + f.value_pad) + 2 * kKeyTile * W +
+           kKeyTile * (f.depth_pad + 2 * f.value_pad) + ScoreScratch<R>::size();
+  }
+  ForwardScratch(const Forward<R>& f, R* base) {
+    int64_t W = kPanel<R>;
+    queries = base;
+    packed = queries + W * f.depth_pad;
+    out = packed + f.panels * W * f.depth_pad;
+    probabilities = out + f.panels * W * f.value_pad;
+    keep = probabilities + kKeyTile * W;
+    keys = keep + kKeyTile * W;
+    values = keys + kKeyTile * f.depth_pad;
+    clean = values + kKeyTile * f.value_pad;
+    score = clean + kKeyTile * f.value_pad;
+  }
+};
+
+// The exact step: true maximum of the tile, then exponentials, with the running output rescaled where it grew.
+template <class R>
+__attribute__((noinline)) void exact_step(const HeadContext& c, const ScoreTile<R>& tile, Rows<R> keys, const R* packed, R* P, R* out,
+                int64_t value_pad, PanelState<R>& state) {
+  constexpr int N = kLanes<R>, W = kPanel<R>;
+  int vectors = (tile.nq + N - 1) / N;
+  raw_scores<R>(keys, c.p->head_size, packed, P, tile.nk, vectors, tile.bands_or_null());
+  if (c.p->softcap > 0) apply_softcap<R>(P, tile.nk, vectors, c.p->softcap, nullptr);
+  state.lazy = true;
+  for (int j = 0; j < vectors; j++) {
+    Vec<R> old_sum = load(state.sum + N * j);
+    Vec<R> old = old_sum == R(0) ? splat(-infinity<R>()) : -load(state.minus_max + N * j), maximum = old;
+    for (int k = 0; k < tile.nk; k++) {
+      Vec<R> x = tile.modify(load(P + k * W + N * j), k, j);
+      store(P + k * W + N * j, x);
+      maximum = x > maximum ? x : maximum;
+    }
+    Vec<R> base = maximum == -infinity<R>() ? Vec<R>{} : maximum, sum{};
+    for (int k = 0; k < tile.nk; k++) {
+      Vec<R> e = exp2v<R>(load(P + k * W + N * j) - base);
+      sum += e;
+      store(P + k * W + N * j, e);
+    }
+    Vec<R> rescale = exp2v<R>(old - base);
+    sum += old_sum == R(0) ? Vec<R>{} : old_sum * rescale;
+    store(state.minus_max + N * j, -base);
+    store(state.sum + N * j, sum);
+    for (int i = 0; i < N; i++) {
+      int q = N * j + i;
+      if (q >= tile.nq) break;
+      if (sum[i] == R(0)) state.lazy = false;
+      if (old_sum[i] != R(0) && rescale[i] != R(1))
+        for (int64_t d = 0; d < value_pad; d += N) store(out + q * value_pad + d, load(out + q * value_pad + d) * rescale[i]);
+    }
+  }
+}
+
+// Exponentials in the score epilogue, against the lazy maximum; false if a row sum left its range (nothing is kept).
+template <class R>
+__attribute__((noinline)) bool lazy_step(const HeadContext& c, const ScoreTile<R>& tile, Rows<R> keys, const R* packed, R* P,
+               PanelState<R>& state) {
+  constexpr int N = kLanes<R>, W = kPanel<R>;
+  int vectors = (tile.nq + N - 1) / N;
+  alignas(64) R sums[W];
+  for (int j = 0; j < vectors; j++) store(sums + N * j, Vec<R>{});
+  const R* table = exp2_table<R>();
+  bool plain = !tile.add && !tile.limited;
+  score_product<R>(keys, c.p->head_size, packed, state.minus_max, P, tile.nk, vectors, tile.bands_or_null(), R(0),
+                   [&](auto m, auto& x, int r, int j) ATTNFAST_LAMBDA {
+                     constexpr int M = decltype(m)::value;
+                     if (!plain) {
+                       ATTNFAST_UNROLL for (int i = 0; i < M; i++) x[i] = tile.modify(x[i], r + i, j);
+                     }
+                     Vec<R> sum = load(sums + N * j);
+                     ATTNFAST_UNROLL for (int i = 0; i < M; i++) {
+                       Vec<R> e = exp2v<R>(x[i], table);
+                       sum += e;
+                       store(P + (r + i) * W + N * j, e);
+                     }
+                     store(sums + N * j, sum);
+                   });
+  bool good = true;
+  for (int j = 0; j < vectors; j++) {
+    Vec<R> total = load(state.sum + N * j) + load(sums + N * j);
+    auto within = total <= kSumLimit<R>;
+    for (int i = 0; i < N && N * j + i < tile.nq; i++) good &= within[i] != 0;
+    store(sums + N * j, total);
+  }
+  if (!good) return false;
+  for (int j = 0; j < vectors; j++) store(state.sum + N * j, load(sums + N * j));
+  return true;
+}
+
+// Rows [q0, q0 + nq) of one panel are finished: write them, or hand them to the merge.
+template <class R>
+void finish_panel(const Forward<R>& f, const HeadContext& c, int64_t q0, int nq, int64_t split, const R* out,
+                  const PanelState<R>& state) {
+  const DotAttentionParams& p = f.p;
+  for (int q = 0; q < nq; q++) {
+    int64_t row = c.row(q0 + q);
+    if (f.splits > 1) {
+      int64_t slot = split * f.rows_total + row;
+      f.partial_max[slot] = -state.minus_max[q];
+      f.partial_sum[slot] = state.sum[q];
+      if (state.sum[q] != R(0))
+        for (int64_t d = 0; d < f.value_pad; d += kLanes<R>)
+          store(f.partial_out + slot * f.value_pad + d, load(out + q * f.value_pad + d));
+      continue;
+    }
+    R sink = p.sink ? static_cast<const R*>(p.sink)[f.group > 1 ? c.h * f.group + q0 + q : c.h] * R(kLog2e) : R(0);
+    SoftmaxResult<R> done = close_row<R>({-state.minus_max[q], state.sum[q]}, p.sink, sink);
+    if (p.lse) static_cast<R*>(p.lse)[row] = done.lse;
+    if (state.sum[q] == R(0))
+      store_zero_row<R>(p.out, c.query_offset(p.out, q0 + q), p.value_size);
+    else
+      store_row<R>(p.out, c.query_offset(p.out, q0 + q), p.value_size, out + q * f.value_pad, done.output_scale);
+  }
+}
+
+template <class R>
+void forward_task(const Forward<R>& f, int64_t task) {
+  constexpr int W = kPanel<R>;
+  const DotAttentionParams& p = f.p;
+  int64_t split = task % f.splits, block = task / f.splits % f.blocks, head = task / f.splits / f.blocks;
+  HeadContext c = head_context(p, head / p.heads, head % p.heads, f.group);
+  // The longest causal rows first: the last tasks to finish are then short ones.
+  int64_t q0 = (f.blocks - 1 - block) * f.panels * W;
+  int64_t rows = c.s.query_rows - q0 < f.panels * W ? c.s.query_rows - q0 : f.panels * W;
+  if (rows <= 0) return;
+  int64_t queries = f.group > 1 ? c.s.queries * f.group : c.s.queries;
+  int64_t valid = queries - q0 < rows ? queries - q0 : rows;
+  int panels = int((rows + W - 1) / W);
+
+  ForwardScratch<R> s(f, static_cast<R*>(scratch(0, ForwardScratch<R>::size(f) * sizeof(R))));
+  ScoreScratch<R> score_scratch(s.score);
+  PanelState<R> state[kPanelsPerBlock];
+  for (int i = 0; i < panels; i++) {
+    for (int q = 0; q < W; q++) state[i].minus_max[q] = state[i].sum[q] = R(0);
+    state[i].lazy = false;
+  }
+  bool started[kPanelsPerBlock] = {};
+  if (valid > 0) {
+    int64_t begin = first_key(c.band, c.position(q0)), end = end_key(c.band, c.position(q0 + valid - 1));
+    int64_t tiles = (c.s.keys + kKeyTile - 1) / kKeyTile, share = (tiles + f.splits - 1) / f.splits * kKeyTile;
+    int64_t low = split * share, high = low + share;
+    begin = begin > low ? begin / kKeyTile * kKeyTile : low;
+    end = end < high ? end : high;
+    bool packed = false;
+    for (int64_t k0 = begin; k0 < end; k0 += kKeyTile) {
+      int nk = int(end - k0 < kKeyTile ? end - k0 : kKeyTile);
+      bool loaded = false;
+      Rows<R> keys{}, values{};
+      for (int i = 0; i < panels; i++) {
+        int64_t first = q0 + i * W;
+        int nq = int(q0 + valid - first < W ? q0 + valid - first : W);
+        ScoreTile<R> tile;
+        if (nq <= 0 || !prepare_tile<R>(c, first, nq, k0, nk, score_scratch, tile)) continue;
+        if (!packed) {
+          for (int j = 0; j < panels && j * W < valid; j++) {
+            int count = int(valid - j * W < W ? valid - j * W : W);
+            Rows<R> q = get_rows<R>(p.query, c.query_offset(p.query, q0 + j * W), count, p.head_size, true, s.queries);
+            pack_transposed<R>(q, count, p.head_size, s.packed + j * W * f.depth_pad, f.scale2);
+          }
+          packed = true;
+        }
+        if (!loaded) {
+          keys = get_rows<R>(p.key, c.key_offset(p.key, k0), nk, p.head_size, false, s.keys);
+          values = get_rows<R>(p.value, c.key_offset(p.value, k0), nk, p.value_size, true, s.values);
+          loaded = true;
+        }
+        const R* queries = s.packed + i * W * f.depth_pad;
+        R* out = s.out + i * W * f.value_pad;
+        if (!state[i].lazy || p.softcap > 0 || !lazy_step<R>(c, tile, keys, queries, s.probabilities, state[i])) {
+          exact_step<R>(c, tile, keys, queries, s.probabilities, out, f.value_pad, state[i]);
+        }
+        if (p.dropout_p > 0) {
+          dropout_tile<R>(c, tile, s.keep);
+          multiply_tile<R>(s.probabilities, s.keep, nk);
+        }
+        accumulate_by_query<R>(c, tile, s.probabilities, values, p.value_size, out, f.value_pad, !started[i], s.clean);
+        started[i] = true;
+      }
+    }
+  }
+  for (int i = 0; i < panels; i++) {
+    int nq = int(rows - i * W < W ? rows - i * W : W);
+    // Lanes of a vector that stand for padding (query_lengths) were computed with the others: nothing is visible there.
+    for (int64_t q = valid - i * W > 0 ? valid - i * W : 0; q < nq; q++) state[i].minus_max[q] = state[i].sum[q] = R(0);
+    finish_panel<R>(f, c, q0 + i * W, nq, split, s.out + i * W * f.value_pad, state[i]);
+  }
+}
+
+// Merges the partial states of one row over the splits, in order.
+template <class R>
+void merge_task(const Forward<R>& f, int64_t row) {
+  const DotAttentionParams& p = f.p;
+  int64_t q = row % p.query_tokens, h = row / p.query_tokens % p.heads, b = row / p.query_tokens / p.heads;
+  R maximum = -infinity<R>();
+  for (int64_t i = 0; i < f.splits; i++) {
+    int64_t slot = i * f.rows_total + row;
+    if (f.partial_sum[slot] != R(0) && f.partial_max[slot] > maximum) maximum = f.partial_max[slot];
+  }
+  R* out = static_cast<R*>(scratch(0, size_t(f.value_pad) * sizeof(R)));
+  for (int64_t d = 0; d < f.value_pad; d++) out[d] = R(0);
+  R sum = 0;
+  for (int64_t i = 0; i < f.splits; i++) {
+    int64_t slot = i * f.rows_total + row;
+    if (f.partial_sum[slot] == R(0)) continue;
+    R w = exp2_real(f.partial_max[slot] - maximum);
+    sum += w * f.partial_sum[slot];
+    const R* part = f.partial_out + slot * f.value_pad;
+    for (int64_t d = 0; d < f.value_pad; d += kLanes<R>) store(out + d, load(out + d) + load(part + d) * w);
+  }
+  int64_t head = f.group > 1 ? h * f.group + q : h;
+  R sink = p.sink ? static_cast<const R*>(p.sink)[head] * R(kLog2e) : R(0);
+  SoftmaxResult<R> done = close_row<R>({maximum, sum}, p.sink, sink);
+  if (p.lse) static_cast<R*>(p.lse)[row] = done.lse;
+  int64_t offset = offset4(p.out, b, h, q, 0);
+  if (sum == R(0))
+    store_zero_row<R>(p.out, offset, p.value_size);
+  else
+    store_row<R>(p.out, offset, p.value_size, out, done.output_scale);
+}
+
+// One query per head and shared key heads: the heads of a group become the rows of a panel, so keys are read once.
+void group_heads(DotAttentionParams& p) {
+  int64_t group = p.heads / p.kv_heads;
+  for (Tensor4* t : {&p.query, &p.out, &p.mask, &p.bias[0], &p.bias[1]}) {
+    t->stride[2] = t->stride[1];
+    t->stride[1] *= group;
+  }
+  p.heads = p.kv_heads;
+  p.query_tokens = group;
+}
+
+template <class R>
+void forward(const DotAttentionParams& params) {
+  Forward<R> f;
+  f.p = params;
+  DotAttentionParams& p = f.p;
+  f.group = 1;
+  if (p.query_tokens == 1 && p.heads > p.kv_heads && !p.cu_seqlens_q) {
+    f.group = p.heads / p.kv_heads;
+    group_heads(p);
+  }
+  f.depth_pad = padded<R>(p.head_size);
+  f.value_pad = padded<R>(p.value_size);
+  f.scale2 = R(p.scale * kLog2e);
+  int64_t longest_q = p.query_tokens, longest_k = p.key_tokens;
+  if (p.cu_seqlens_q) {
+    longest_q = longest_k = 0;
+    for (int64_t b = 0; b < p.batch; b++) {
+      Sequence s = sequence_of(p, b);
+      longest_q = s.query_rows > longest_q ? s.query_rows : longest_q;
+      longest_k = s.keys > longest_k ? s.keys : longest_k;
+    }
+  }
+  int64_t heads = p.batch * p.heads, rows_per_panel = kPanel<R>;
+  for (f.panels = kPanelsPerBlock;; f.panels /= 2) {
+    f.blocks = (longest_q + f.panels * rows_per_panel - 1) / (f.panels * rows_per_panel);
+    if (f.panels == 1 || heads * f.blocks >= kMinTasks) break;
+  }
+  f.splits = 1;
+  int64_t tasks = heads * f.blocks;
+  if (tasks > 0 && tasks < kMinTasks && longest_k >= 2 * kMinSplitKeys && !p.cu_seqlens_q) {
+    int64_t wanted = (kMinTasks + tasks - 1) / tasks, possible = longest_k / kMinSplitKeys;
+    f.splits = wanted < possible ? wanted : possible;
+  }
+  f.rows_total = (p.cu_seqlens_q ? 1 : p.batch) * p.heads * p.query_tokens;
+  f.partial_out = nullptr;
+  if (f.splits > 1) {
+    int64_t slots = f.splits * f.rows_total;
+    f.partial_out = static_cast<R*>(scratch(1, size_t(slots * (f.value_pad + 2)) * sizeof(R)));
+    f.partial_max = f.partial_out + slots * f.value_pad;
+    f.partial_sum = f.partial_max + slots;
+  }
+  double work = double(heads) * double(longest_q) * double(longest_k) * double(p.head_size + p.value_size + 8);
+  bool serial = work < kSerialWork;
+  parallel_tasks(
+      tasks * f.splits, serial,
+      [](void* context, int64_t task) { forward_task<R>(*static_cast<const Forward<R>*>(context), task); }, &f);
+  if (f.splits > 1)
+    parallel_tasks(
+        f.rows_total, serial,
+        [](void* context, int64_t row) { merge_task<R>(*static_cast<const Forward<R>*>(context), row); }, &f);
+}
+
+}  // namespace
+
+void dot_attention_fwd(const DotAttentionParams& p) {
+  if (dot_attention_decode(p)) {
+    // one query per head, handled
+  } else if (p.query.dtype == DType::kFloat64) {
+    forward<double>(p);
+  } else {
+    forward<float>(p);
+  }
+  if (p.weights_mode != WeightsMode::kNone) dot_attention_weights(p);
+}
+
+}  // namespace attnfast::ATTNFAST_ISA

@@ -1,0 +1,174 @@
+// Register-tiled products on packed scratch: the only loops that do the heavy arithmetic.
+//
+// Scores are kept transposed, S^T[key][query], with queries in lanes. So keys and values are read in place and broadcast
+// element by element, every softmax step is vertical, and P^T (dS^T) is itself the broadcast operand of the second
+// products. Accumulators are fresh for every tile and added to memory once: one long chain of additions over thousands
+// of keys would cost digits.
+#pragma once
+
+#include "tile_io.h"
+
+namespace attnfast::ATTNFAST_ISA {
+namespace {
+
+template <int N>
+using Int = std::integral_constant<int, N>;
+
+// c[i][j] += sum_k a(i, k) * B[k][lane], M rows, N vectors; a(i, k) = A[k * sa + i] if TRANSPOSED, else A[i * sa + k].
+template <class R, int M, int N, bool TRANSPOSED>
+ATTNFAST_INLINE void multiply(int64_t depth, const R* A, int64_t sa, const R* B, int64_t sb, Vec<R> (&c)[M][N]) {
+#pragma GCC unroll 4
+  for (int64_t k = 0; k < depth; k++) {
+    Vec<R> b[N];
+    ATTNFAST_UNROLL for (int j = 0; j < N; j++) b[j] = load(B + k * sb + kLanes<R> * j);
+    ATTNFAST_UNROLL for (int i = 0; i < M; i++) {
+      Vec<R> a = splat(TRANSPOSED ? A[k * sa + i] : A[i * sa + k]);
+      ATTNFAST_UNROLL for (int j = 0; j < N; j++) c[i][j] += a * b[j];
+    }
+  }
+}
+
+// f(Int<M>, first row) over `rows` rows in blocks of kTileRows; what is left goes in blocks of 4, 2 and 1 (a block for
+// every remainder would double the code and its compile time).
+template <class F>
+ATTNFAST_INLINE void for_row_blocks(int rows, F f) {
+  int r = 0;
+  for (; r + kTileRows <= rows; r += kTileRows) f(Int<kTileRows>(), r);
+  if (rows - r >= 4) {
+    f(Int<4>(), r);
+    r += 4;
+  }
+  if (rows - r >= 2) {
+    f(Int<2>(), r);
+    r += 2;
+  }
+  if (rows - r >= 1) f(Int<1>(), r);
+}
+// f(Int<N>, first vector) over the vectors [begin, end) in strips of kTileCols, then halves of it.
+template <class F>
+ATTNFAST_INLINE void for_strips(int begin, int end, F f) {
+  int j = begin;
+  for (; j + kTileCols <= end; j += kTileCols) f(Int<kTileCols>(), j);
+  if constexpr (kTileCols > 2) {
+    if (end - j >= 2) {
+      f(Int<2>(), j);
+      j += 2;
+    }
+  }
+  if (end - j >= 1) f(Int<1>(), j);
+}
+
+// Which lanes (queries of a panel) see each key of a tile, by position. Both ends never decrease with the key.
+struct LaneBands {
+  int32_t begin[kKeyTile], end[kKeyTile];
+};
+
+// out(Int<M>, x, r, j): the M finished vectors of keys r.. in vector column j,
+//   x[i] = init[j] + sum_d A[r + i][d] * bt[d][j]
+// The depth is cut so that the packed operand stays in L1; partial sums wait in buf. With bands, vectors that no lane
+// of a row block can see are not formed and buf holds `hole` there.
+template <class R, class Out>
+ATTNFAST_INLINE void score_product(Rows<R> A, int64_t depth, const R* bt, const R* init, R* buf, int rows, int vectors,
+                                   const LaneBands* bands, R hole, Out out) {
+  constexpr int N0 = kLanes<R>, W = kPanel<R>;
+  int64_t chunks = depth > 80 ? (depth + 79) / 80 : 1, chunk = (depth + chunks - 1) / chunks;
+  for (int64_t piece = 0; piece < chunks; piece++) {
+    int64_t d0 = piece * chunk, count = depth - d0 < chunk ? depth - d0 : chunk;
+    bool last = piece == chunks - 1;
+    for_row_blocks(rows, [&](auto m, int r) ATTNFAST_LAMBDA {
+      constexpr int M = decltype(m)::value;
+      int j0 = 0, j1 = vectors;
+      if (bands) {
+        j0 = bands->begin[r] / N0;
+        int end = (bands->end[r + M - 1] + N0 - 1) / N0;
+        j1 = end < vectors ? end : vectors;
+      }
+      const R* a = A.data + r * A.stride + d0;
+      ATTNFAST_UNROLL for (int i = 0; i < M; i++) {  // the next row block, while this one computes
+        const char* next = reinterpret_cast<const char*>(a + (M + i) * A.stride);
+        ATTNFAST_UNROLL for (int line = 0; line < 4; line++) prefetch(next + 64 * line);
+      }
+      for_strips(j0, j1, [&](auto n, int j) ATTNFAST_LAMBDA {
+        constexpr int N = decltype(n)::value;
+        Vec<R> c[M][N];
+        R* b = buf + r * W + N0 * j;
+        if (piece == 0) {
+          ATTNFAST_UNROLL for (int v = 0; v < N; v++) {
+            Vec<R> start = init ? load(init + N0 * (j + v)) : Vec<R>{};
+            ATTNFAST_UNROLL for (int i = 0; i < M; i++) c[i][v] = start;
+          }
+        } else {
+          ATTNFAST_UNROLL for (int i = 0; i < M; i++)
+            ATTNFAST_UNROLL for (int v = 0; v < N; v++) c[i][v] = load(b + i * W + N0 * v);
+        }
+        multiply<R, M, N, false>(count, a, A.stride, bt + d0 * W + N0 * j, W, c);
+        if (last) {
+          ATTNFAST_UNROLL for (int v = 0; v < N; v++) {
+            Vec<R> x[M];
+            ATTNFAST_UNROLL for (int i = 0; i < M; i++) x[i] = c[i][v];
+            out(m, x, r, j + v);
+          }
+        } else {
+          ATTNFAST_UNROLL for (int i = 0; i < M; i++)
+            ATTNFAST_UNROLL for (int v = 0; v < N; v++) store(b + i * W + N0 * v, c[i][v]);
+        }
+      });
+      if (bands && last) {
+        for (int i = 0; i < M; i++) {
+          for (int j = 0; j < j0 && j < vectors; j++) store(buf + (r + i) * W + N0 * j, splat(hole));
+          for (int j = j1 > 0 ? j1 : 0; j < vectors; j++) store(buf + (r + i) * W + N0 * j, splat(hole));
+        }
+      }
+    });
+  }
+}
+
+// The products alone: buf[key][query].
+template <class R>
+__attribute__((noinline)) void raw_scores(Rows<R> A, int64_t depth, const R* bt, R* buf, int rows, int vectors,
+                                          const LaneBands* bands) {
+  score_product<R>(A, depth, bt, nullptr, buf, rows, vectors, bands, R(0),
+                   [&](auto m, auto& x, int r, int j) ATTNFAST_LAMBDA {
+                     ATTNFAST_UNROLL for (int i = 0; i < decltype(m)::value; i++)
+                       store(buf + (r + i) * kPanel<R> + kLanes<R> * j, x[i]);
+                   });
+}
+
+// One row block of C += A B: M rows, `vectors` vectors wide, contraction over `depth`.
+template <class R, int M, bool TRANSPOSED>
+ATTNFAST_INLINE void multiply_rows(int64_t depth, const R* A, int64_t sa, const R* B, int64_t sb, R* C, int64_t sc,
+                                   int begin, int end, bool fresh) {
+  constexpr int N0 = kLanes<R>;
+  for_strips(begin, end, [&](auto n, int j) ATTNFAST_LAMBDA {
+    constexpr int N = decltype(n)::value;
+    R* c0 = C + N0 * j;
+    Vec<R> c[M][N] = {};
+    multiply<R, M, N, TRANSPOSED>(depth, A, sa, B + N0 * j, sb, c);
+    ATTNFAST_UNROLL for (int i = 0; i < M; i++) ATTNFAST_UNROLL for (int v = 0; v < N; v++) {
+      R* p = c0 + i * sc + N0 * v;
+      store(p, fresh ? c[i][v] : load(p) + c[i][v]);
+    }
+  });
+}
+
+// C[rows][vectors] (+)= A B, where range(Int<M>, r, begin, end) may shorten the contraction [begin, end) of a row block.
+// One strip of B at a time stays in L1 while all row blocks pass over it.
+template <class R, bool TRANSPOSED, class Range>
+ATTNFAST_INLINE void multiply_panel(int rows, int64_t depth, const R* A, int64_t sa, Rows<R> B, R* C, int64_t sc,
+                                    int vectors, bool fresh, Range range) {
+  for (int j = 0; j < vectors; j += kTileCols) {
+    int end = j + kTileCols < vectors ? j + kTileCols : vectors;
+    for_row_blocks(rows, [&](auto m, int r) ATTNFAST_LAMBDA {
+      constexpr int M = decltype(m)::value;
+      int64_t k0 = 0, k1 = depth;
+      range(m, r, k0, k1);
+      if (k0 >= k1 && !fresh) return;
+      int64_t n = k1 > k0 ? k1 - k0 : 0;
+      const R* a = TRANSPOSED ? A + k0 * sa + r : A + r * sa + k0;
+      multiply_rows<R, M, TRANSPOSED>(n, a, sa, B.data + k0 * B.stride, B.stride, C + r * sc, sc, j, end, fresh);
+    });
+  }
+}
+
+}  // namespace
+}  // namespace attnfast::ATTNFAST_ISA

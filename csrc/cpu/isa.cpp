@@ -1,0 +1,151 @@
+// The table of kernels per ISA variant, and its choice: cpuid once, lowered on request.
+#include "cpu/isa.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+namespace attnfast {
+
+#define ATTNFAST_DECLARE(isa)                                           \
+  namespace isa {                                                       \
+  void dot_attention_fwd(const DotAttentionParams&);                    \
+  void dot_attention_bwd(const DotAttentionParams&);                    \
+  const char* dot_attention_decode_obstacle(const DotAttentionParams&); \
+  }
+
+ATTNFAST_DECLARE(baseline)
+#if ATTNFAST_HAVE_AVX2
+ATTNFAST_DECLARE(avx2)
+#endif
+#if ATTNFAST_HAVE_AVX512
+ATTNFAST_DECLARE(avx512)
+#endif
+
+namespace {
+
+#define ATTNFAST_TABLE(isa) {#isa, isa::dot_attention_fwd, isa::dot_attention_bwd, isa::dot_attention_decode_obstacle}
+
+// From the lowest to the best.
+constexpr KernelTable kTables[] = {
+    ATTNFAST_TABLE(baseline),
+#if ATTNFAST_HAVE_AVX2
+    ATTNFAST_TABLE(avx2),
+#endif
+#if ATTNFAST_HAVE_AVX512
+    ATTNFAST_TABLE(avx512),
+#endif
+};
+
+struct Feature {
+  const char* name;
+  const char* isa;  // the lowest variant that needs it
+  bool present;
+};
+
+// __builtin_cpu_supports also asks the operating system (XGETBV) whether it saves the wide registers.
+const std::vector<Feature>& features() {
+#if ATTNFAST_HAVE_AVX2 || ATTNFAST_HAVE_AVX512
+#define ATTNFAST_FEATURE(isa, name) {name, isa, __builtin_cpu_supports(name) != 0}
+  static const std::vector<Feature> found = [] {
+    __builtin_cpu_init();
+    return std::vector<Feature>{
+        ATTNFAST_FEATURE("avx2", "avx2"),       ATTNFAST_FEATURE("avx2", "fma"),
+        ATTNFAST_FEATURE("avx2", "f16c"),       ATTNFAST_FEATURE("avx512", "avx512f"),
+        ATTNFAST_FEATURE("avx512", "avx512bw"), ATTNFAST_FEATURE("avx512", "avx512vl"),
+        ATTNFAST_FEATURE("avx512", "avx512dq"),
+    };
+  }();
+#else
+  static const std::vector<Feature> found;
+#endif
+  return found;
+}
+
+// The variants form a ladder: each needs its own features and those of the ones below it.
+std::string missing_features(const std::string& isa) {
+  std::string missing;
+  if (isa == kTables[0].name) return missing;
+  for (const Feature& feature : features()) {
+    if (!feature.present && (feature.isa == isa || isa == "avx512")) {
+      missing += (missing.empty() ? "" : ", ") + std::string(feature.name);
+    }
+  }
+  return missing;
+}
+
+std::string join(const std::vector<std::string>& names) {
+  std::string all = "auto";
+  for (const std::string& name : names) all += ", " + name;
+  return all;
+}
+
+const KernelTable* best_table() {
+  const KernelTable* best = &kTables[0];
+  for (const KernelTable& table : kTables) {
+    if (missing_features(table.name).empty()) best = &table;
+  }
+  return best;
+}
+
+const KernelTable* find_table(const std::string& name) {
+  if (name == "auto") return best_table();
+  const std::string choices = " (available here: " + join(available_isas()) + ")";
+  for (const KernelTable& table : kTables) {
+    if (name != table.name) continue;
+    const std::string missing = missing_features(name);
+    if (!missing.empty()) {
+      throw std::invalid_argument("ISA '" + name + "' needs CPU features this machine lacks: " + missing + choices);
+    }
+    return &table;
+  }
+  if (name == "avx2" || name == "avx512") {
+    throw std::invalid_argument("ISA '" + name + "' is not part of this build" + choices);
+  }
+  throw std::invalid_argument("unknown ISA '" + name + "'" + choices);
+}
+
+std::atomic<const KernelTable*>& current() {
+  static std::atomic<const KernelTable*> table{best_table()};
+  return table;
+}
+
+}  // namespace
+
+const KernelTable& kernels() { return *current().load(std::memory_order_acquire); }
+
+void select_isa_at_load() {
+  const char* name = std::getenv("ATTNFAST_ISA");
+  if (name == nullptr || *name == '\0') return;
+  try {
+    set_isa(name);
+  } catch (const std::invalid_argument& error) {
+    throw std::runtime_error(std::string("environment variable ATTNFAST_ISA: ") + error.what());
+  }
+}
+
+std::string set_isa(const std::string& name) {
+  return current().exchange(find_table(name), std::memory_order_acq_rel)->name;
+}
+
+std::vector<std::string> compiled_isas() {
+  std::vector<std::string> names;
+  for (const KernelTable& table : kTables) names.emplace_back(table.name);
+  return names;
+}
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const KernelTable& table : kTables) {
+    if (missing_features(table.name).empty()) names.emplace_back(table.name);
+  }
+  return names;
+}
+
+std::vector<std::pair<std::string, bool>> cpu_features() {
+  std::vector<std::pair<std::string, bool>> all;
+  for (const Feature& feature : features()) all.emplace_back(feature.name, feature.present);
+  return all;
+}
+
+}  // namespace attnfast

@@ -1,0 +1,39 @@
+// Which instruction set runs: the kernels' entry points, one table per ISA variant, chosen once at load.
+// Included by the bindings and the native tests, never by kernel files.
+#pragma once
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "core/params.h"
+
+namespace attnfast {
+
+struct KernelTable {
+  const char* name;
+  void (*dot_attention_fwd)(const DotAttentionParams&);
+  void (*dot_attention_bwd)(const DotAttentionParams&);
+  const char* (*dot_attention_decode_obstacle)(const DotAttentionParams&);
+};
+
+// The table in use. Until select_isa_at_load it is the best one this machine can run.
+const KernelTable& kernels();
+
+// Reads the environment variable ATTNFAST_ISA ("" or unset: the best available). Throws std::runtime_error.
+void select_isa_at_load();
+
+// Chooses a variant by name, or the best available for "auto". Returns the name of the variant in use before.
+// Throws std::invalid_argument for an unknown name, one that was not built, or one this machine cannot run.
+// Calls already running finish with the table they started with.
+std::string set_isa(const std::string& name);
+
+// From the lowest to the best.
+std::vector<std::string> compiled_isas();
+std::vector<std::string> available_isas();
+
+// What the machine and the operating system offer (a feature whose registers the system does not save is absent),
+// for every feature that some variant needs.
+std::vector<std::pair<std::string, bool>> cpu_features();
+
+}  // namespace attnfast

@@ -1,0 +1,342 @@
+// The only file with CPU intrinsics: vectors, exp2, tanh, half conversions, transposes.
+//
+// Vectors are GCC/Clang vector extensions, so one source serves every architecture; intrinsics appear only where an
+// instruction is known to beat what the compiler finds. Each kernel file is compiled once per instruction set, with
+// ATTNFAST_ISA naming the namespace; everything here has internal linkage (see core/host_device.h for the reason).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "../core/params.h"
+
+#ifndef ATTNFAST_ISA
+#define ATTNFAST_ISA baseline
+#endif
+
+#define ATTNFAST_INLINE __attribute__((always_inline)) static inline
+#define ATTNFAST_LAMBDA __attribute__((always_inline))
+#if defined(__clang__)
+#define ATTNFAST_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define ATTNFAST_UNROLL _Pragma("GCC unroll 64")
+#endif
+
+namespace attnfast::ATTNFAST_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+constexpr int kTileCols = 4;  // vectors per micro-tile row: 6 x 4 accumulators of 32 registers
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+constexpr int kTileCols = 2;  // 6 x 2 of 16 registers
+#else
+constexpr int kVectorBytes = 16;
+constexpr int kTileCols = 2;
+#endif
+constexpr int kTileRows = 6;
+
+// Storage types of the half formats; arithmetic is done after widening.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <class T>
+struct VecOf {
+  typedef T type __attribute__((vector_size(kVectorBytes)));
+  typedef T unaligned __attribute__((vector_size(kVectorBytes), aligned(alignof(T)), may_alias));
+};
+template <class T>
+using Vec = typename VecOf<T>::type;
+template <class R>
+using MaskInt = std::conditional_t<sizeof(R) == 8, int64_t, int32_t>;
+template <class R>
+constexpr int kLanes = kVectorBytes / int(sizeof(R));
+
+typedef uint16_t HalfBits __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint16_t HalfBitsUnaligned __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
+typedef uint8_t ByteVec __attribute__((vector_size(kVectorBytes / 4)));
+typedef uint8_t ByteVecUnaligned __attribute__((vector_size(kVectorBytes / 4), aligned(1), may_alias));
+using U32 = Vec<uint32_t>;
+using I32 = Vec<int32_t>;
+using VecF = Vec<float>;
+
+template <class R>
+ATTNFAST_INLINE Vec<R> splat(R x) {
+  return x - Vec<R>{};
+}
+template <class R>
+ATTNFAST_INLINE Vec<R> zero() {
+  return Vec<R>{};
+}
+template <class T>
+ATTNFAST_INLINE Vec<T> load(const T* p) {
+  return *reinterpret_cast<const typename VecOf<T>::unaligned*>(p);
+}
+template <class T>
+ATTNFAST_INLINE void store(T* p, Vec<T> v) {
+  *reinterpret_cast<typename VecOf<T>::unaligned*>(p) = v;
+}
+template <class R>
+ATTNFAST_INLINE R infinity() {
+  return std::is_same_v<R, double> ? R(__builtin_inf()) : R(__builtin_inff());
+}
+template <class R>
+ATTNFAST_INLINE R sum_lanes(Vec<R> v) {
+  R s = 0;
+  for (int i = 0; i < kLanes<R>; i++) s += v[i];
+  return s;
+}
+template <class R>
+ATTNFAST_INLINE Vec<R> iota() {
+  Vec<R> v;
+  for (int i = 0; i < kLanes<R>; i++) v[i] = R(i);
+  return v;
+}
+ATTNFAST_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+
+// ---------------------------------------------------------------- widening loads and rounding stores
+// load_as<R>(p): kLanes<R> elements of the stored type, widened. Half types and booleans widen to float only.
+template <class R>
+ATTNFAST_INLINE Vec<R> load_as(const R* p) {
+  return load(p);
+}
+template <class R>
+ATTNFAST_INLINE Vec<float> load_as(const BFloat16* p) {
+  HalfBits h = *reinterpret_cast<const HalfBitsUnaligned*>(p);
+  return reinterpret_cast<VecF>(__builtin_convertvector(h, U32) << 16);
+}
+template <class R>
+ATTNFAST_INLINE Vec<float> load_as(const Float16* p) {
+#if defined(__AVX512F__)
+  return (VecF)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  return (VecF)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  HalfBits h = *reinterpret_cast<const HalfBitsUnaligned*>(p);
+  U32 w = __builtin_convertvector(h, U32);
+  U32 magnitude = (w & 0x7fffu) << 13, sign = (w & 0x8000u) << 16;
+  // The exponent field lands 112 too low; the product restores it and is exact for denormals too.
+  U32 finite = reinterpret_cast<U32>(reinterpret_cast<VecF>(magnitude) * 0x1p112f);
+  U32 special = (w & 0x7c00u) == 0x7c00u ? magnitude | 0x7f800000u : finite;
+  return reinterpret_cast<VecF>(special | sign);
+#endif
+}
+template <class R>
+ATTNFAST_INLINE Vec<float> load_as(const bool* p) {  // 1 or 0
+  ByteVec b = *reinterpret_cast<const ByteVecUnaligned*>(p);
+  return __builtin_convertvector(__builtin_convertvector(b, I32), VecF);
+}
+
+ATTNFAST_INLINE void store_as(float* p, VecF v) { store(p, v); }
+ATTNFAST_INLINE void store_as(double* p, Vec<double> v) { store(p, v); }
+ATTNFAST_INLINE void store_as(BFloat16* p, VecF v) {  // round to nearest even; NaN stays NaN
+  U32 u = reinterpret_cast<U32>(v);
+  U32 r = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  r = v == v ? r : U32{} + 0x7fc0u;
+  *reinterpret_cast<HalfBitsUnaligned*>(p) = __builtin_convertvector(r, HalfBits);
+}
+ATTNFAST_INLINE void store_as(Float16* p, VecF v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  U32 u = reinterpret_cast<U32>(v), sign = (u >> 16) & 0x8000u, a = u & 0x7fffffffu;
+  U32 normal = (a - (112u << 23) + 0xfffu + ((a >> 13) & 1u)) >> 13;
+  // Adding 0.5 puts the last kept bit of a denormal result at the end of the mantissa.
+  U32 tiny = reinterpret_cast<U32>(reinterpret_cast<VecF>(a) + 0.5f) - 0x3f000000u;
+  U32 r = a < (113u << 23) ? tiny : normal;
+  r = a >= 0x477ff000u ? U32{} + 0x7c00u : r;  // 65520 and above round to infinity
+  r = a > 0x7f800000u ? U32{} + 0x7e00u : r;
+  *reinterpret_cast<HalfBitsUnaligned*>(p) = __builtin_convertvector(r | sign, HalfBits);
+#endif
+}
+
+// Stored type of each DType: visit(dtype, f) calls f(T{}) so that one lambda serves every dtype.
+template <class R, class F>
+static inline void visit_dtype(DType dtype, F f) {
+  if constexpr (std::is_same_v<R, double>) {
+    if (dtype == DType::kFloat64) return f(double{});
+  }
+  switch (dtype) {
+    case DType::kFloat32: return f(float{});
+    case DType::kBFloat16: return f(BFloat16{});
+    case DType::kFloat16: return f(Float16{});
+    case DType::kBool: return f(bool{});
+    case DType::kFloat64: return f(double{});
+    default: return;
+  }
+}
+// One element as R, and one element from R.
+template <class R, class T>
+ATTNFAST_INLINE R load_one(const T* p) {
+  if constexpr (std::is_same_v<T, BFloat16> || std::is_same_v<T, Float16>) {
+    alignas(64) T block[kVectorBytes / 4] = {};
+    block[0] = *p;
+    return R(load_as<float>(block)[0]);
+  } else {
+    return R(*p);
+  }
+}
+template <class R, class T>
+ATTNFAST_INLINE void store_one(T* p, R x) {
+  if constexpr (std::is_same_v<T, BFloat16> || std::is_same_v<T, Float16>) {
+    alignas(64) T block[kVectorBytes / 4];
+    store_as(block, splat(float(x)));
+    *p = block[0];
+  } else {
+    *p = T(x);
+  }
+}
+
+// ---------------------------------------------------------------- exp2 and tanh
+// Minimax polynomials of 2^f. The coefficients stay in memory and are used as broadcast operands: GCC 12 otherwise keeps
+// them in registers and spills the accumulators of the loop before.
+#if defined(__AVX512DQ__)  // f in [0, 1), relative error 7e-8: vreduceps and vscalefps both round down
+alignas(64) static const float kExp2Coefficients[6] = {0x1.fffffep-1f, 0x1.62e4f6p-1f, 0x1.ebd5a8p-3f,
+                                                       0x1.c95446p-5f, 0x1.26900ep-7f, 0x1.ec320ap-10f};
+#else  // f in [-1/2, 1/2], relative error 9e-8
+alignas(64) static const float kExp2Coefficients[6] = {1.0f,           0x1.62e42ap-1f, 0x1.ebf9bcp-3f,
+                                                       0x1.c6b752p-5f, 0x1.3cea88p-7f, 0x1.5bba14p-10f};
+#endif
+alignas(64) static const double kExp2CoefficientsDouble[14] = {1.0,
+                                                               0x1.62e42fefa39efp-1,
+                                                               0x1.ebfbdff82c58fp-3,
+                                                               0x1.c6b08d704a0c0p-5,
+                                                               0x1.3b2ab6fba4e77p-7,
+                                                               0x1.5d87fe78a6731p-10,
+                                                               0x1.430912f86c787p-13,
+                                                               0x1.ffcbfc588b0c7p-17,
+                                                               0x1.62c0223a5c824p-20,
+                                                               0x1.b5253d395e7c4p-24,
+                                                               0x1.e4cf5158b8ecap-28,
+                                                               0x1.e8cac7351bb25p-32,
+                                                               0x1.c3bd650fc2986p-36,
+                                                               0x1.816193166d0f9p-40};
+
+template <class R>
+ATTNFAST_INLINE const R* exp2_table() {
+  if constexpr (std::is_same_v<R, float>)
+    return kExp2Coefficients;
+  else
+    return kExp2CoefficientsDouble;
+}
+// 2^x for x <= the largest exponent (larger gives inf), -inf -> 0, NaN -> NaN. `table` comes from exp2_table; passing it
+// through an empty asm hides its contents from the optimiser.
+template <class R>
+ATTNFAST_INLINE Vec<R> exp2v(Vec<R> x, const R*& table) {
+  constexpr int kDegree = sizeof(R) == 4 ? 5 : 13;
+  asm("" : "+r"(table));
+#if defined(__AVX512DQ__)
+  if constexpr (std::is_same_v<R, float>) {  // f in [0, 1); both instructions know infinities
+    Vec<R> f = (Vec<R>)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF), p = splat(table[kDegree]);
+    ATTNFAST_UNROLL for (int i = kDegree - 1; i >= 0; i--) p = p * f + splat(table[i]);
+    return (Vec<R>)_mm512_scalef_ps((__m512)p, (__m512)x);
+  }
+#endif
+  using I = MaskInt<R>;
+  constexpr R kMagic = sizeof(R) == 4 ? R(0x1.8p23) : R(0x1.8p52);
+  constexpr R kMax = sizeof(R) == 4 ? R(128) : R(1024), kMin = sizeof(R) == 4 ? R(-126) : R(-1022);
+  constexpr int kShift = sizeof(R) == 4 ? 23 : 52;
+  constexpr I kBias = sizeof(R) == 4 ? 127 : 1023;
+  Vec<R> y = x > kMax ? splat(kMax) : x;
+  Vec<R> t = y + kMagic, f = y - (t - kMagic), p = splat(table[kDegree]);
+  ATTNFAST_UNROLL for (int i = kDegree - 1; i >= 0; i--) p = p * f + splat(table[i]);
+  Vec<I> n = reinterpret_cast<Vec<I>>(t) - reinterpret_cast<Vec<I>>(splat(kMagic));
+  // Two factors, because 2^1024 (2^128) itself has no representation as one.
+  Vec<I> half = n >> 1;
+  Vec<R> a = reinterpret_cast<Vec<R>>((half + kBias) << kShift);
+  Vec<R> b = reinterpret_cast<Vec<R>>((n - half + kBias) << kShift);
+  return x < kMin ? Vec<R>{} : p * a * b;
+}
+template <class R>
+ATTNFAST_INLINE Vec<R> exp2v(Vec<R> x) {
+  const R* table = exp2_table<R>();
+  return exp2v(x, table);
+}
+
+// tanh: an odd polynomial near zero (relative error 5e-9 before rounding), 1 - 2 / (1 + e^2x) beyond.
+ATTNFAST_INLINE VecF tanhv(VecF x) {
+  VecF u = x * x;
+  VecF p = u * 0x1.2c869ep-9f + -0x1.116acap-7f;
+  p = p * u + 0x1.64a996p-6f;
+  p = p * u + -0x1.ba08c8p-5f;
+  p = p * u + 0x1.1110eap-3f;
+  p = p * u + -0x1.555556p-2f;
+  VecF small = x + x * u * p;
+  VecF a = x < 0.0f ? -x : x;
+  VecF e = exp2v<float>(a * 0x1.715476p+1f);
+  VecF big = 1.0f - 2.0f / (1.0f + e);
+  big = x < 0.0f ? -big : big;
+  return u < 0.390625f ? small : big;  // NaN takes `big`, which is NaN
+}
+ATTNFAST_INLINE Vec<double> tanhv(Vec<double> x) {
+  Vec<double> y;
+  for (int i = 0; i < kLanes<double>; i++) y[i] = __builtin_tanh(x[i]);
+  return y;
+}
+
+// ---------------------------------------------------------------- 32-bit products for the random numbers
+ATTNFAST_INLINE void multiply_wide(U32 a, uint32_t m, U32& hi, U32& lo) {
+#if defined(__AVX512F__)
+  __m512i x = (__m512i)a, y = _mm512_set1_epi32(int(m));
+  __m512i even = _mm512_mul_epu32(x, y), odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), y);
+  lo = (U32)_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
+  hi = (U32)_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
+#elif defined(__AVX2__)
+  __m256i x = (__m256i)a, y = _mm256_set1_epi32(int(m));
+  __m256i even = _mm256_mul_epu32(x, y), odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), y);
+  lo = (U32)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+  hi = (U32)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+#else
+  for (int i = 0; i < kLanes<uint32_t>; i++) {
+    uint64_t p = uint64_t(a[i]) * m;
+    hi[i] = uint32_t(p >> 32);
+    lo[i] = uint32_t(p);
+  }
+#endif
+}
+
+// ---------------------------------------------------------------- transposes
+template <int S, class R, int... L>
+ATTNFAST_INLINE void exchange(Vec<R>& a, Vec<R>& b, std::integer_sequence<int, L...>) {
+  constexpr int N = kLanes<R>;
+  Vec<R> x = __builtin_shufflevector(a, b, ((L & S) ? N + L - S : L)...);
+  b = __builtin_shufflevector(a, b, ((L & S) ? N + L : L + S)...);
+  a = x;
+}
+template <int S, class R>
+ATTNFAST_INLINE void transpose_step(Vec<R>* r) {
+  constexpr int N = kLanes<R>;
+  if constexpr (S < N) {
+    ATTNFAST_UNROLL for (int i = 0; i < N; i++)
+      if (!(i & S)) exchange<S, R>(r[i], r[i + S], std::make_integer_sequence<int, N>());
+    transpose_step<S * 2, R>(r);
+  }
+}
+// r[i][j] <-> r[j][i] of kLanes x kLanes elements.
+template <class R>
+ATTNFAST_INLINE void transpose(Vec<R>* r) {
+  transpose_step<1, R>(r);
+}
+// Lane i of the result is the sum of the lanes of r[i].
+template <class R>
+ATTNFAST_INLINE Vec<R> sum_rows(Vec<R>* r) {
+  transpose<R>(r);
+  ATTNFAST_UNROLL for (int s = kLanes<R> / 2; s > 0; s /= 2)
+    ATTNFAST_UNROLL for (int i = 0; i < s; i++) r[i] += r[i + s];
+  return r[0];
+}
+
+}  // namespace
+}  // namespace attnfast::ATTNFAST_ISA

@@ -1,0 +1,153 @@
+// Moving tiles between tensors of any dtype and stride and the packed scratch that kernels compute on.
+#pragma once
+
+#include "simd.h"
+
+namespace attnfast::ATTNFAST_ISA {
+namespace {
+
+constexpr int kPanelBytes = 256;  // a panel is one row of queries: 64 floats or 32 doubles
+template <class R>
+constexpr int kPanel = kPanelBytes / int(sizeof(R));
+template <class R>
+constexpr int kPanelVectors = kPanel<R> / kLanes<R>;
+constexpr int kKeyTile = 64;        // keys a tile
+constexpr int kPanelsPerBlock = 4;  // panels that share one pass over keys and values
+
+template <class R>
+static inline int64_t padded(int64_t n) {
+  return (n + kLanes<R> - 1) / kLanes<R> * kLanes<R>;
+}
+
+// kLanes<R> consecutive stored elements as R, for every pair of types.
+template <class R, class T>
+ATTNFAST_INLINE Vec<R> load_lanes(const T* p) {
+  if constexpr (std::is_same_v<R, T> || (std::is_same_v<R, float> && !std::is_same_v<T, double>)) {
+    return load_as<R>(p);
+  } else {
+    Vec<R> v;
+    for (int i = 0; i < kLanes<R>; i++) v[i] = load_one<R>(p + i);
+    return v;
+  }
+}
+template <class R, class T>
+ATTNFAST_INLINE void store_lanes(T* p, Vec<R> v) {
+  if constexpr (std::is_same_v<R, T> || (std::is_same_v<R, float> && !std::is_same_v<T, double>)) {
+    store_as(p, v);
+  } else {
+    for (int i = 0; i < kLanes<R>; i++) store_one<R>(p + i, v[i]);
+  }
+}
+
+// One row of `count` elements to dst[padded(count)], the tail filled with zeros.
+template <class R, class T>
+ATTNFAST_INLINE void load_row(const T* src, int64_t stride, int64_t count, R* dst) {
+  int64_t i = 0;
+  if (stride == 1) {
+    for (; i + kLanes<R> <= count; i += kLanes<R>) store(dst + i, load_lanes<R>(src + i));
+    if (i < count) {
+      alignas(64) T tail[kLanes<R>] = {};
+      for (int64_t j = i; j < count; j++) tail[j - i] = src[j];
+      store(dst + i, load_lanes<R>(tail));
+    }
+    return;
+  }
+  for (; i < count; i++) dst[i] = load_one<R>(src + i * stride);
+  for (; i < padded<R>(count); i++) dst[i] = R(0);
+}
+
+// rows x cols of a strided tensor, from element `offset`, to dst[rows][dst_stride] as R, padded with zero columns.
+template <class R>
+static void load_rows(const Tensor4& t, int64_t offset, int64_t rows, int64_t cols, R* dst, int64_t dst_stride) {
+  visit_dtype<R>(t.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    const T* src = static_cast<const T*>(t.data) + offset;
+    for (int64_t i = 0; i < rows; i++) load_row<R>(src + i * t.stride[2], t.stride[3], cols, dst + i * dst_stride);
+  });
+}
+
+// One row of R to a strided row of any floating dtype, times `scale`.
+template <class R>
+static void store_row(const Tensor4& t, int64_t offset, int64_t cols, const R* src, R scale) {
+  visit_dtype<R>(t.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    if constexpr (!std::is_same_v<T, bool>) {
+      T* dst = static_cast<T*>(t.data) + offset;
+      int64_t stride = t.stride[3], i = 0;
+      if (stride == 1)
+        for (; i + kLanes<R> <= cols; i += kLanes<R>) store_lanes<R>(dst + i, load(src + i) * scale);
+      for (; i < cols; i++) store_one<R>(dst + i * stride, src[i] * scale);
+    }
+  });
+}
+template <class R>
+static void store_zero_row(const Tensor4& t, int64_t offset, int64_t cols) {
+  visit_dtype<R>(t.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    for (int64_t i = 0; i < cols; i++) static_cast<T*>(t.data)[offset + i * t.stride[3]] = T{};
+  });
+}
+template <class R>
+static void store_rows(const Tensor4& t, int64_t offset, int64_t rows, int64_t cols, const R* src, int64_t src_stride) {
+  for (int64_t i = 0; i < rows; i++) store_row<R>(t, offset + i * t.stride[2], cols, src + i * src_stride, R(1));
+}
+
+// A block of rows as the kernels read it: in place where the tensor allows, else a copy in scratch.
+template <class R>
+struct Rows {
+  const R* data;
+  int64_t stride;
+};
+// `padding`: columns are read in whole vectors, so a ragged row must be copied. Row strides that are a multiple of
+// 1 KB map a tile onto few cache sets; copying such a tile costs less than the misses.
+template <class R>
+static inline bool readable_in_place(const Tensor4& t, int64_t cols, bool padding) {
+  if (t.dtype != (sizeof(R) == 8 ? DType::kFloat64 : DType::kFloat32) || t.stride[3] != 1) return false;
+  if (padding && cols % kLanes<R> != 0) return false;
+  int64_t row_bytes = t.stride[2] * int64_t(sizeof(R));
+  return t.stride[2] == cols ? row_bytes % 4096 != 0 : t.stride[2] > 0 && row_bytes % 1024 != 0;
+}
+template <class R>
+static inline Rows<R> get_rows(const Tensor4& t, int64_t offset, int64_t rows, int64_t cols, bool padding, R* scratch) {
+  if (readable_in_place<R>(t, cols, padding)) return {static_cast<const R*>(t.data) + offset, t.stride[2]};
+  int64_t stride = padded<R>(cols);
+  load_rows<R>(t, offset, rows, cols, scratch, stride);
+  return {scratch, stride};
+}
+
+// dst[cols][kPanel] = scale * transpose of rows[count][cols]; lanes past `count` are zero. `rows` must be readable in
+// whole vectors (padded); columns of dst past `cols` up to the padding are written too.
+template <class R>
+static void pack_transposed(Rows<R> rows, int64_t count, int64_t cols, R* dst, R scale) {
+  constexpr int N = kLanes<R>, W = kPanel<R>;
+  for (int64_t d = 0; d < cols; d += N)
+    for (int q = 0; q < W; q += N) {
+      Vec<R> r[N];
+      ATTNFAST_UNROLL for (int i = 0; i < N; i++)
+        r[i] = q + i < count ? load(rows.data + (q + i) * rows.stride + d) * scale : Vec<R>{};
+      transpose<R>(r);
+      ATTNFAST_UNROLL for (int i = 0; i < N; i++) store(dst + (d + i) * W + q, r[i]);
+      if (q + N >= padded<R>(count)) {  // whole vectors of absent rows
+        for (q += N; q < W; q += N)
+          for (int i = 0; i < N; i++) store(dst + (d + i) * W + q, Vec<R>{});
+        break;
+      }
+    }
+}
+
+// True if any of rows x cols is infinite or NaN: x * 0 is zero for finite x only.
+template <class R>
+static bool has_nonfinite(Rows<R> rows, int64_t count, int64_t cols) {
+  Vec<R> bad{};
+  R tail = 0;
+  for (int64_t i = 0; i < count; i++) {
+    const R* p = rows.data + i * rows.stride;
+    int64_t j = 0;
+    for (; j + kLanes<R> <= cols; j += kLanes<R>) bad += load(p + j) * R(0);
+    for (; j < cols; j++) tail += p[j] * R(0);
+  }
+  return !(sum_lanes<R>(bad) + tail == R(0));
+}
+
+}  // namespace
+}  // namespace attnfast::ATTNFAST_ISA

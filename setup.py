@@ -1,0 +1,46 @@
+"""Thin build: setuptools collects the Python files, CMake and Ninja make attnfast._C."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+class CMakeBuild(build_ext):
+    """Runs CMake for the one extension; an editable install puts the binary beside the sources."""
+
+    def build_extension(self, ext: Extension) -> None:
+        # Build requirements, absent when only metadata is asked for. The tools are called by path, because
+        # `.venv/bin/python setup.py` has them installed but not on PATH.
+        import cmake
+        import ninja
+        import pybind11
+
+        target = (Path.cwd() / self.get_ext_fullpath(ext.name)).resolve()
+        build = (Path.cwd() / self.build_temp / "cmake").resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        configure = [
+            f"-DCMAKE_MAKE_PROGRAM={Path(ninja.BIN_DIR) / 'ninja'}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
+            f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
+            f"-DATTNFAST_VERSION={self.distribution.get_version()}",
+            *os.environ.get("CMAKE_ARGS", "").split(),
+        ]
+        # --fresh: with build isolation pybind11 and ninja live in another temporary folder at every run, and a
+        # cache that remembers them would name files that are gone. Objects are kept, so this costs no compilation.
+        cmake_program = str(Path(cmake.CMAKE_BIN_DIR) / "cmake")
+        subprocess.check_call([cmake_program, "--fresh", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *configure])
+        jobs = str(self.parallel or os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or os.cpu_count() or 1)
+        subprocess.check_call([cmake_program, "--build", str(build), "--parallel", jobs])
+
+
+setup(ext_modules=[Extension("attnfast._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -1,0 +1,110 @@
+"""Fixtures shared by all tests: the ISA in use, the backend under contract, dtypes, threads."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from helpers import FLOATS, dtype_id, patch_seed
+
+try:
+    from attnfast import _C
+
+    ISAS = list(_C.available_isas())
+except ImportError:
+    # No binary: the kernel tests must fail with attnfast's own error, not silently vanish.
+    ISAS = ["missing"]
+
+BACKENDS = ["reference", *(f"cpu-{name}" for name in ISAS)]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(max(1, cores // workers))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_state() -> Iterator[None]:
+    """Every test starts from one seed; thread count and determinism flags do not leak out of it."""
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+    if torch.are_deterministic_algorithms_enabled() != deterministic:
+        torch.use_deterministic_algorithms(deterministic)
+
+
+def _use_isa(name: str) -> Iterator[str]:
+    from attnfast import _C
+
+    before = _C.get_isa()
+    _C.set_isa(name)
+    assert _C.get_isa() == name
+    yield name
+    _C.set_isa(before)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test once per compiled instruction set that this machine has."""
+    yield from _use_isa(request.param)
+
+
+def _make_backend(name: str) -> Iterator[Any]:
+    kind, _, name = name.partition("-")
+    if kind == "reference":
+        from attnfast import reference
+
+        yield SimpleNamespace(
+            kind=kind,
+            attention=reference.attention,
+            scaled_dot_product_attention=reference.scaled_dot_product_attention,
+            varlen_attention=reference.varlen_attention,
+            seeded=lambda seed: functools.partial(reference.attention, dropout_seed=torch.tensor(seed)),
+            seeded_varlen=lambda seed: functools.partial(reference.varlen_attention, dropout_seed=torch.tensor(seed)),
+        )
+        return
+    import attnfast
+
+    def seeded(function: Callable[..., Any], seed: Sequence[int]) -> Callable[..., Any]:
+        """`function` with the seed that it would have drawn replaced."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with pytest.MonkeyPatch.context() as patch:
+                patch_seed(patch, seed)
+                return function(*args, **kwargs)
+
+        return call
+
+    for _ in _use_isa(name) if name else (None,):
+        yield SimpleNamespace(
+            kind=kind,
+            attention=attnfast.attention,
+            scaled_dot_product_attention=attnfast.scaled_dot_product_attention,
+            varlen_attention=attnfast.varlen_attention,
+            seeded=functools.partial(seeded, attnfast.attention),
+            seeded_varlen=functools.partial(seeded, attnfast.varlen_attention),
+        )
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """What must keep the contract: attnfast.reference, and the public functions on every instruction set."""
+    yield from _make_backend(request.param)
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def route(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """As `backend`, on the instruction set in use only: for what the Python layers decide."""
+    yield from _make_backend(request.param)
+
+
+@pytest.fixture(params=FLOATS, ids=dtype_id)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param

@@ -1,0 +1,268 @@
+// Runs the kernels without Python: random calls against their definition, serially and on several threads, on
+// exact-size buffers. Built under AddressSanitizer + UBSan and under ThreadSanitizer by tools/native_tests.py.
+//
+//   attnfast_native_test [--cases N] [--first N] [--isa NAME] [--threads N]
+//
+// A failure prints the number of the case; `--first THAT --cases 1` repeats it alone.
+#include <atomic>
+#include <chrono>
+#include <cstdio>
+#include <stdexcept>
+#include <thread>
+
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
+#include "oracle.h"
+#include "problem.h"
+
+namespace attnfast::native {
+namespace {
+
+int g_threads = 4;
+thread_local int t_pool_threads = 1;  // of the pool, for calls from this thread
+
+// Threads start and end with every call, the harshest order of events for per-thread scratch.
+int thread_pool(int64_t begin, int64_t end, int64_t, void (*callback)(int64_t, int64_t, void*), void* ctx) {
+  const int64_t count = std::min<int64_t>(t_pool_threads, end - begin);
+  std::vector<std::thread> threads;
+  for (int64_t i = 1; i < count; ++i) threads.emplace_back([=] { callback(begin + i, begin + i + 1, ctx); });
+  callback(begin, begin + 1, ctx);
+  for (std::thread& thread : threads) thread.join();
+  return 0;
+}
+
+template <class Use>
+void for_each_element(const HostTensor& tensor, Use use) {
+  for (int64_t b = 0; b < tensor.size(0); ++b)
+    for (int64_t h = 0; h < tensor.size(1); ++h)
+      for (int64_t i = 0; i < tensor.size(2); ++i)
+        for (int64_t j = 0; j < tensor.size(3); ++j) use(b, h, i, j);
+}
+
+struct Tolerance {
+  double forward, backward;
+};
+
+// Forward: of the largest element of the tensor. Backward: of the terms of each element, see Gradient; the half types
+// round `out`, which the backward reads again.
+Tolerance tolerance(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return {1e-12, 1e-11};
+    case DType::kFloat32:
+      return {5e-6, 3e-5};
+    case DType::kBFloat16:
+      return {6e-3, 3e-2};
+    default:
+      return {8e-4, 4e-3};
+  }
+}
+
+std::string compare(const char* what, const HostTensor& got, const HostTensor& wanted, double relative,
+                    const HostTensor* magnitude = nullptr) {
+  double scale = 1, worst = 1;
+  std::string where;
+  if (magnitude == nullptr) {
+    for_each_element(wanted, [&](int64_t b, int64_t h, int64_t i, int64_t j) {
+      const double y = std::fabs(wanted.get(b, h, i, j));
+      if (std::isfinite(y)) scale = std::max(scale, y);
+    });
+  }
+  for_each_element(wanted, [&](int64_t b, int64_t h, int64_t i, int64_t j) {
+    const double x = got.get(b, h, i, j), y = wanted.get(b, h, i, j);
+    if (x == y) return;  // infinities too
+    const double limit = relative * (magnitude != nullptr ? magnitude->get(b, h, i, j) + 1e-6 : scale);
+    const double error = std::fabs(x - y) / limit;
+    if (error <= worst) return;  // a NaN goes on
+    worst = std::isnan(error) ? std::numeric_limits<double>::infinity() : error;
+    char text[200];
+    std::snprintf(text, sizeof(text), "%s[%d,%d,%d,%d]: %g for %g, %.3g times the limit", what, int(b), int(h), int(i),
+                  int(j), x, y, worst);
+    where = text;
+  });
+  return where;
+}
+
+void copy_values(const HostTensor& from, HostTensor& to) {
+  for_each_element(from, [&](int64_t b, int64_t h, int64_t i, int64_t j) { to.set(b, h, i, j, from.get(b, h, i, j)); });
+}
+
+void run(const KernelTable& kernels, const Problem& problem, const Expected* shift, int threads, Results& results) {
+  DotAttentionParams params = results.params(problem);
+  params.threads = t_pool_threads = threads;
+  if (shift == nullptr) {
+    kernels.dot_attention_fwd(params);
+    return;
+  }
+  if (results.delta_shift) copy_values(shift->delta_shift, results.delta_shift);
+  kernels.dot_attention_bwd(params);
+}
+
+std::string check_row_maximum(const Problem& problem, const Results& results, const Expected& expected,
+                              double relative) {
+  const Config& c = problem.config;
+  for (int64_t b = 0; b < c.batch; ++b)
+    for (int64_t h = 0; h < c.heads; ++h)
+      for (int64_t i = 0; i < c.query_tokens; ++i) {
+        const int64_t index = results.weights_index[(b * c.heads + h) * c.query_tokens + i];
+        const double largest = expected.weights.get(b, h, i, 0);
+        const std::string at = " at row " + std::to_string(i) + ": " + std::to_string(index);
+        if (index < -1 || index >= c.key_tokens) return "weights_index out of range" + at;
+        if (index == -1 && largest > 0) return "weights_index is -1 for a visible row" + at;
+        // Near ties may go either way; what is named must be the maximum but for rounding.
+        if (index >= 0 && expected.row_weights.get(b, h, i, index) < largest - 4 * relative) {
+          return "weights_index is not the maximum" + at;
+        }
+      }
+  return "";
+}
+
+std::string check(const KernelTable& kernels, const Problem& problem) {
+  const Config& c = problem.config;
+  const Tolerance limits = tolerance(c.dtype);
+  Results serial(problem), threaded(problem);
+  run(kernels, problem, nullptr, 1, serial);
+  Expected expected = forward_by_definition(problem);
+  std::vector<std::string> errors = {compare("out", serial.out, expected.out, limits.forward),
+                                     compare("lse", serial.lse, expected.lse, limits.forward)};
+  if (serial.weights) errors.push_back(compare("weights", serial.weights, expected.weights, limits.forward));
+  if (!serial.weights_index.empty()) errors.push_back(check_row_maximum(problem, serial, expected, limits.forward));
+  backward_by_definition(problem, serial.weights_index, expected);
+  run(kernels, problem, &expected, 1, serial);
+  const auto check_gradient = [&](const char* what, bool wanted, const HostTensor& got, const Gradient& gradient) {
+    if (wanted) errors.push_back(compare(what, got, gradient.value, limits.backward, &gradient.magnitude));
+  };
+  check_gradient("grad_query", c.want_query, serial.grad_query, expected.grad_query);
+  check_gradient("grad_key", c.want_key, serial.grad_key, expected.grad_key);
+  check_gradient("grad_value", c.want_value, serial.grad_value, expected.grad_value);
+  for (int i = 0; i < 2; ++i) {
+    check_gradient("grad_bias", c.bias[i] >= 0, serial.grad_bias[i], expected.grad_bias[i]);
+  }
+  check_gradient("grad_sink", c.sink, serial.grad_sink, expected.grad_sink);
+  for (const std::string& error : errors)
+    if (!error.empty()) return error;
+
+  // The number of threads chooses the schedule, never a bit of the result.
+  run(kernels, problem, nullptr, g_threads, threaded);
+  run(kernels, problem, &expected, g_threads, threaded);
+  const auto equal = [&](const char* what, const HostTensor& a, const HostTensor& b) {
+    if (!a.same_bytes(b) && errors.front().empty()) errors.front() = std::string(what) + " depends on the threads";
+  };
+  equal("out", serial.out, threaded.out);
+  equal("lse", serial.lse, threaded.lse);
+  equal("weights", serial.weights, threaded.weights);
+  equal("grad_query", serial.grad_query, threaded.grad_query);
+  equal("grad_key", serial.grad_key, threaded.grad_key);
+  equal("grad_value", serial.grad_value, threaded.grad_value);
+  for (int i = 0; i < 2; ++i) equal("grad_bias", serial.grad_bias[i], threaded.grad_bias[i]);
+  equal("grad_sink", serial.grad_sink, threaded.grad_sink);
+  if (serial.weights_index != threaded.weights_index) errors.front() = "weights_index depends on the threads";
+  return errors.front();
+}
+
+Problem make_problem(int64_t number) {
+  Random random(static_cast<uint64_t>(number) * 2 + 1);
+  const Config config = random_config(random);
+  return Problem(config, random.next());
+}
+
+int run_cases(const KernelTable& kernels, int64_t first, int64_t cases, const char* note) {
+  int failures = 0;
+  for (int64_t number = first; number < first + cases; ++number) {
+    const Problem problem = make_problem(number);
+    const std::string error = check(kernels, problem);
+    if (error.empty()) continue;
+    std::printf("FAILED %s case %lld%s: %s\n  %s\n", kernels.name, static_cast<long long>(number), note, error.c_str(),
+                problem.config.text().c_str());
+    ++failures;
+  }
+  return failures;
+}
+
+void check_that(bool good, const char* what, int& failures) {
+  if (good) return;
+  std::printf("FAILED %s\n", what);
+  ++failures;
+}
+
+// The scheduler itself: every index once, and the first exception comes back when all threads have ended.
+int check_parallel() {
+  int failures = 0;
+  t_pool_threads = g_threads;
+  std::vector<std::atomic<int>> seen(5000);
+  parallel_tasks(
+      5000, false, [](void* ctx, int64_t i) { (*static_cast<std::vector<std::atomic<int>>*>(ctx))[i].fetch_add(1); },
+      &seen);
+  bool once = true;
+  for (const std::atomic<int>& count : seen) once = once && count == 1;
+  check_that(once, "parallel_tasks runs every index once", failures);
+
+  std::atomic<int> begun{0};
+  std::string caught;
+  try {
+    parallel_tasks(
+        5000, false,
+        [](void* ctx, int64_t i) {
+          static_cast<std::atomic<int>*>(ctx)->fetch_add(1);
+          if (i == 17) throw std::runtime_error("task 17");
+          std::this_thread::sleep_for(std::chrono::microseconds(50));  // the others must still be busy
+        },
+        &begun);
+  } catch (const std::runtime_error& error) {
+    caught = error.what();
+  }
+  check_that(caught == "task 17", "an exception of a task reaches the caller", failures);
+  check_that(begun < 5000, "tasks after an exception are skipped", failures);
+
+  char* small = static_cast<char*>(scratch(0, 100));
+  check_that(reinterpret_cast<uintptr_t>(small) % 64 == 0, "scratch is aligned", failures);
+  small[99] = 1;
+  char* large = static_cast<char*>(scratch(0, size_t{20} << 20));
+  large[(size_t{20} << 20) - 1] = 1;
+  check_that(scratch(1, 64) != scratch(0, 64), "scratch slots differ", failures);
+  bool refused = false;
+  try {
+    scratch(2, ~size_t{0} / 2);
+  } catch (const std::bad_alloc&) {
+    refused = true;
+  }
+  check_that(refused, "scratch throws bad_alloc", failures);
+  return failures;
+}
+
+}  // namespace
+}  // namespace attnfast::native
+
+int main(int argc, char** argv) {
+  using namespace attnfast;
+  int64_t cases = 200, first = 0;
+  std::string only;
+  for (int i = 1; i + 1 < argc; i += 2) {
+    const std::string option = argv[i];
+    if (option == "--cases") cases = std::atoll(argv[i + 1]);
+    if (option == "--first") first = std::atoll(argv[i + 1]);
+    if (option == "--isa") only = argv[i + 1];
+    if (option == "--threads") native::g_threads = std::atoi(argv[i + 1]);
+  }
+  set_parallel_for(native::thread_pool);
+  int failures = native::check_parallel();
+  for (const std::string& isa : available_isas()) {
+    if (!only.empty() && isa != only) continue;
+    set_isa(isa);
+    const KernelTable& table = kernels();
+    failures += native::run_cases(table, first, cases, "");
+    // Several callers at once, each with the pool.
+    std::atomic<int> concurrent{0};
+    std::vector<std::thread> callers;
+    for (int64_t caller = 0; caller < 4; ++caller) {
+      callers.emplace_back([&, caller] {
+        concurrent += native::run_cases(table, first + caller * cases / 8, cases / 8, " (concurrent)");
+      });
+    }
+    for (std::thread& caller : callers) caller.join();
+    failures += concurrent;
+    std::printf("%s: %lld cases, %d failures so far\n", isa.c_str(), static_cast<long long>(cases), failures);
+    std::fflush(stdout);
+  }
+  return failures == 0 ? 0 : 1;
+}

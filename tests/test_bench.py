@@ -1,0 +1,525 @@
+"""The benchmark: does it measure what it says? Nothing here depends on how long anything takes."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import attnfast
+from attnfast.cli._benchmarks import load_benchmarks
+
+registry = load_benchmarks("registry")
+measure = load_benchmarks("measure")
+results = load_benchmarks("results")
+report = load_benchmarks("report")
+compare = load_benchmarks("compare")
+chart = load_benchmarks("chart")
+runner = load_benchmarks("runner")
+memory = load_benchmarks("memory")
+model_digits = load_benchmarks("model_digits")
+cases_dot = load_benchmarks("cases_dot")
+Row = results.Row
+
+DOT_CASES = registry.cases("dot")
+QUICKEST = measure.Settings(sample_s=0.0, budget_s=0.0, min_rounds=3, max_rounds=3)
+
+
+# ---------------------------------------------------------------------- statistics and interleaving
+
+
+def test_summary_is_median_and_quartiles() -> None:
+    assert measure.Summary.of([4.0, 1.0, 3.0, 2.0, 100.0]) == measure.Summary(3.0, 2.0, 4.0)
+    assert measure.Summary.of([1.0, 2.0]) == measure.Summary(1.5, 1.25, 1.75)
+    assert measure.Summary.of([7.0]) == measure.Summary(7.0, 7.0, 7.0)
+
+
+def test_rounds_alternate_their_order() -> None:
+    assert [measure.round_order(["a", "b", "c"], i) for i in range(3)] == [list("abc"), list("cba"), list("abc")]
+
+
+def test_interleave_runs_every_program_once_a_round_in_alternating_order() -> None:
+    order: list[str] = []
+
+    def program(name: str, cost: float) -> Any:
+        def sample(calls: int) -> float:
+            order.append(name)
+            return calls * cost
+
+        return sample
+
+    settings = measure.Settings(sample_s=0.01, budget_s=1.0, min_rounds=4, max_rounds=4)
+    timing = measure.interleave({"a": program("a", 0.001), "b": program("b", 0.004), "c": program("c", 0.5)}, settings)
+    rounds = order[-12:]
+    assert "".join(rounds) == "abccbaabccba"
+    assert timing.calls == {"a": 10, "b": 3, "c": 1}
+    assert timing.time("b").median == pytest.approx(0.004)
+    assert timing.ratio("b", "a").median == pytest.approx(4.0)
+
+
+def test_ratios_are_taken_within_rounds() -> None:
+    # The machine slows down during the run; the ratio does not change, while the ratio of any two medians might.
+    timing = measure.Timing({"ours": [1.0, 2.0, 4.0], "torch": [3.0, 6.0, 12.0]}, {"ours": 1, "torch": 1})
+    assert timing.ratio("torch", "ours") == measure.Summary(3.0, 3.0, 3.0)
+    uneven = measure.Timing({"ours": [1.0, 1.0, 10.0], "torch": [2.0, 2.0, 2.0]}, {"ours": 1, "torch": 1})
+    assert uneven.ratio("torch", "ours").median == 2.0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "rounds"), [(0.001, 60), (0.05, 30), (1.0, 7), (100.0, 3)], ids=["many", "budget", "least", "long"]
+)
+def test_rounds_fit_the_budget(seconds: float, rounds: int) -> None:
+    assert measure.rounds_for(seconds, measure.Settings(budget_s=1.5, min_rounds=7, max_rounds=60)) == rounds
+
+
+def test_thread_count_is_restored_after_an_error() -> None:
+    before = torch.get_num_threads()
+    with pytest.raises(KeyError), measure.thread_count(before + 1):
+        assert torch.get_num_threads() == before + 1
+        raise KeyError
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("which", ["forward", "backward", "forward+backward", "forward, recording"])
+def test_passes_time_what_they_name(which: str) -> None:
+    seen: list[tuple[str, bool]] = []
+
+    class Probe(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            seen.append(("forward", x.requires_grad and ctx.needs_input_grad[0]))
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+            seen.append(("backward", True))
+            return 2 * grad
+
+    x = torch.ones(3, requires_grad=True)
+    workload = registry.Workload(lambda: Probe.apply(x), (x,), torch.ones(3))
+    sample = measure.sampler(registry.Peer(), workload, which)
+    seen.clear()
+    sample(2)
+    expected = {
+        "forward": ["forward"] * 2,
+        "backward": ["backward"] * 2,
+        "forward+backward": ["forward", "backward"] * 2,
+        "forward, recording": ["forward"] * 2,
+    }
+    assert [name for name, _ in seen] == expected[which]
+    with torch.set_grad_enabled(which != "forward"):
+        run, grad = measure.step(workload, which)
+    assert grad is (which != "forward")
+    if which in ("forward", "forward, recording"):
+        with torch.set_grad_enabled(grad):
+            assert run().requires_grad is grad
+
+
+# ---------------------------------------------------------------------- errors against the oracle
+
+
+def test_relative_error() -> None:
+    want = torch.tensor([1.0, -4.0], dtype=torch.float64)
+    assert measure.relative_error(torch.tensor([1.0, -4.0]), want) == 0
+    assert measure.relative_error(torch.tensor([2.0, -4.0]), want) == 0.25
+    assert measure.relative_error(torch.tensor([math.nan, -4.0]), want) == math.inf
+
+
+_TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}
+
+
+@pytest.mark.parametrize("case", DOT_CASES, ids=lambda case: case.name)
+def test_every_peer_computes_the_case(case: Any) -> None:
+    small = case.small()
+    inputs = small.inputs()
+    oracle = small.oracle(inputs)
+    ran = []
+    for peer in registry.peers(small):
+        if peer.compiled:
+            continue
+        try:
+            workload = peer.build(small, inputs)
+        except registry.Unsupported as error:
+            assert (peer.name, str(error)) == ("sdpa loop", ""), "only the loop may decline, where nothing is ragged"
+            continue
+        ran.append(peer.name)
+        if oracle is None:
+            assert case.dropout_p > 0
+            continue
+        output, gradient = measure.errors(small, peer, workload, inputs, oracle)
+        assert 0 <= output < _TOLERANCE[case.dtype]
+        assert 0 <= gradient < _TOLERANCE[case.dtype]
+    assert ran[:3] == ["attnfast", "sdpa", "sdpa math"]
+    assert ("sdpa loop" in ran) == case.varlen
+
+
+def test_a_wrong_peer_shows_its_error() -> None:
+    case = cases_dot.AttentionCase("wrong", heads=2, query_tokens=8)
+    inputs = case.inputs()
+    good = registry.find_peer("sdpa").build(case, inputs)
+    off = dataclasses.replace(good, call=lambda: good.call() * torch.linspace(1, 1.1, 2).view(1, 2, 1, 1))
+    oracle = case.oracle(inputs)
+    # The oracle holds the first head alone: a fault in the second one is out of its sight, by design.
+    assert measure.errors(case, registry.Peer(), off, inputs, oracle)[0] < 1e-5
+    off = dataclasses.replace(good, call=lambda: good.call() * 1.1)
+    output, gradient = measure.errors(case, registry.Peer(), off, inputs, oracle)
+    assert output == pytest.approx(0.1, rel=1e-3)
+    assert gradient == pytest.approx(0.1, rel=1e-3)
+
+
+def test_the_binary_peer_computes_attention() -> None:
+    case = registry.find_case("overhead", "1,1,8,64")
+    inputs = case.inputs()
+    oracle = case.oracle(inputs)
+    peer = registry.find_peer("attnfast._C")
+    output, gradient = measure.errors(case, peer, peer.build(case, inputs), inputs, oracle)
+    assert output < 1e-6
+    assert gradient is None
+
+
+@pytest.mark.parametrize("which", ["forward", "backward"])
+def test_flops_count_visible_pairs(which: str) -> None:
+    per_pair = {"forward": 2 * 2 * 16, "backward": 2 * 5 * 16}[which]
+    make = cases_dot.AttentionCase
+    sizes: dict[str, Any] = {"heads": 2, "head_size": 16, "query_tokens": 6, "key_tokens": 9}
+    assert make("a", **sizes).flops(which) == per_pair * 2 * 54
+    assert make("a", **sizes, causal=True).flops(which) == per_pair * 2 * (1 + 2 + 3 + 4 + 5 + 6)
+    tall = {**sizes, "query_tokens": 9, "key_tokens": 6}
+    assert make("a", **tall, causal=True).flops(which) == per_pair * 2 * (21 + 3 * 6)
+    square = {**sizes, "batch": 4, "query_tokens": 8, "key_tokens": 8}
+    assert make("a", **square).lengths() == [8, 6, 4, 2]
+    assert make("a", **square, key_lengths=True).flops(which) == per_pair * 2 * 8 * 20
+    assert make("a", **square, varlen=True).flops(which) == per_pair * 2 * (64 + 36 + 16 + 4)
+    assert make("a", **square, varlen=True, causal=True).flops(which) == per_pair * 2 * (36 + 21 + 10 + 3)
+    assert make("a", **{**square, "batch": 1}, mask="documents").flops(which) == per_pair * 2 * 4 * 4
+    assert make("a", **sizes, value_size=32).flops("forward") == 2 * (16 + 32) * 2 * 54
+
+
+# ---------------------------------------------------------------------- registry and runner
+
+
+def test_required_cases_are_there() -> None:
+    cases = {case.name: case for case in DOT_CASES}
+    for size in ((1, 8, 512, 64), (1, 8, 2048, 64), (1, 4, 8192, 64)):
+        plain = [c for c in DOT_CASES if (c.batch, c.heads, c.query_tokens, c.head_size) == size and not c.options]
+        assert plain, size
+    assert {case.dtype for case in DOT_CASES} == {torch.float64, torch.float32, torch.bfloat16, torch.float16}
+    options = {word.split(":")[0] for case in DOT_CASES for word in case.options.split()}
+    assert options == {"causal", "mask", "key_lengths", "bias", "dropout", "varlen"}
+    assert any(case.kv_heads != case.heads for case in DOT_CASES)
+    assert any(case.value_size != case.head_size for case in DOT_CASES)
+    assert {case.key_tokens for case in DOT_CASES if case.query_tokens == 1} == {1024, 8192}
+    assert cases["1,8,512,64"].quick
+    assert not cases["1,4,8192,64"].quick
+    assert registry.suites() == ("dot", "overhead", "model")
+
+
+def test_names_are_unique() -> None:
+    with pytest.raises(ValueError, match="already has a case '1,8,512,64'"):
+        registry.register_cases([registry.find_case("dot", "1,8,512,64")])
+    with pytest.raises(ValueError, match="'sdpa' is already registered"):
+        registry.register_peer(registry.find_peer("sdpa"))
+
+
+class _Declines(registry.Peer):
+    name = "declines"
+
+    def build(self, case: Any, inputs: Any) -> Any:
+        raise registry.Unsupported("no such luck")
+
+
+class _Breaks(registry.Peer):
+    name = "breaks"
+
+    def build(self, case: Any, inputs: Any) -> Any:
+        def call() -> torch.Tensor:
+            raise RuntimeError("first line\nsecond line")
+
+        return registry.Workload(call, (inputs["query"],), inputs.grad_out)
+
+
+class _NoBackward(registry.Peer):
+    name = "no backward"
+
+    def build(self, case: Any, inputs: Any) -> Any:
+        def call() -> torch.Tensor:
+            if torch.is_grad_enabled():
+                raise NotImplementedError("forward only")
+            return F.scaled_dot_product_attention(inputs["query"], inputs["key"], inputs["value"])
+
+        return registry.Workload(call, tuple(inputs[name] for name in inputs.wanted), inputs.grad_out)
+
+
+@pytest.fixture
+def small_run(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Rows of a run over one small case with peers that misbehave."""
+    case = cases_dot.AttentionCase("small", heads=2, query_tokens=8, quick=True)
+    monkeypatch.setattr(registry, "_CASES", {"dot": [case]})
+    peers = {name: registry._PEERS[name] for name in ("attnfast", "sdpa")}
+    peers |= {peer.name: peer for peer in (_Declines(), _Breaks(), _NoBackward())}
+    monkeypatch.setattr(registry, "_PEERS", peers)
+    steps: list[str] = []
+    plan = runner.Plan(("dot",), threads=(1, 2), memory=False, settings=QUICKEST)
+    rows = runner.Run(plan, steps.append).execute()
+    assert len(steps) == plan.total() + 1 == 2 * 3 + 1
+    assert steps[0] == "dot: small, forward, 1 threads"
+    return list(rows)
+
+
+def test_run_records_every_peer(small_run: list[Any]) -> None:
+    assert len({row.key for row in small_run}) == len(small_run) == 2 * 3 * 5
+    for row in small_run:
+        measured = row.status == "ok"
+        assert (row.time_ms is not None) == measured
+        if measured:
+            assert row.time_ms_q25 <= row.time_ms <= row.time_ms_q75
+            assert row.rounds == 3
+            assert row.error < 1e-5
+            assert row.gflops > 0
+            assert row.of_sgemm > 0
+        assert row.torch == torch.__version__
+        assert row.attnfast == attnfast.__version__
+        assert row.cpu
+        assert row.date.endswith("UTC")
+    ours = [row for row in small_run if row.peer == "attnfast"]
+    assert {row.ratio for row in ours} == {1.0}
+
+
+def test_run_keeps_why_a_peer_did_not_run(small_run: list[Any]) -> None:
+    found = {(row.peer, row.pass_): (row.status, row.note) for row in small_run}
+    assert found["declines", "forward"] == ("unsupported", "no such luck")
+    assert found["breaks", "backward"] == ("failed", "RuntimeError: first line")
+    assert found["no backward", "forward"] == ("ok", "")
+    assert found["no backward", "backward"] == ("unsupported", "NotImplementedError: forward only")
+
+
+def test_a_failing_attnfast_is_a_row_and_not_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = _Breaks()
+    broken.name = "attnfast"
+    case = cases_dot.AttentionCase("small", heads=1, query_tokens=4, passes=("forward",))
+    monkeypatch.setattr(registry, "_CASES", {"dot": [case]})
+    monkeypatch.setattr(registry, "_PEERS", {"attnfast": broken, "sdpa": registry._PEERS["sdpa"]})
+    rows = runner.Run(runner.Plan(("dot",), threads=(1,), memory=False, settings=QUICKEST)).execute()
+    assert [(row.peer, row.status, row.ratio) for row in rows] == [("attnfast", "failed", None), ("sdpa", "ok", None)]
+    console = report.make_console()
+    with console.capture() as capture:
+        report.print_report(rows, console)
+    assert "attnfast failed: dot, small, forward, 1 threads: RuntimeError: first line" in capture.get()
+
+
+def test_a_quick_run_short_of_time_says_what_it_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "_QUICK_STOP", -1.0)
+    run = runner.Run(runner.Plan(("dot",), threads=(1,), quick=True, memory=False, settings=QUICKEST))
+    assert run.execute() == []
+    assert run.left_out == [f"dot: {case.name}" for case in registry.cases("dot", quick=True)]
+
+
+def test_quick_plan_is_smaller() -> None:
+    full, quick = runner.Plan(("dot",)), runner.Plan(("dot",), quick=True)
+    assert quick.total() < full.total() / 2
+    case = registry.find_case("dot", "1,8,512,64")
+    assert quick.passes(case) == ("forward", "backward")
+    assert full.passes(case) == registry.PASSES
+    assert runner.Plan(("model",), threads=(1, 2)).total() == 2
+    assert runner.Plan(("dot", "model"), case="no such").total() == 0
+
+
+# ---------------------------------------------------------------------- memory
+
+
+@pytest.mark.slow
+def test_memory_sees_the_score_matrix_of_the_math_path() -> None:
+    meter = memory.MemoryMeter()
+    if meter.reason:
+        pytest.skip(meter.reason)
+    name, scores = "1,8,512,64", 8 * 512 * 512 * 4
+    math_path, reason = meter.measure("dot", name, "sdpa math", "forward", 1)
+    assert reason == ""
+    ours, reason = meter.measure("dot", name, "attnfast", "forward", 1)
+    assert reason == ""
+    output = 8 * 512 * 64 * 4
+    assert math_path >= scores
+    assert output * 0.9 <= ours < scores / 2
+    size, reason = meter.measure("dot", name, "no such peer", "forward", 1)
+    assert (size, reason) == (None, "KeyError: 'no such peer'")
+
+
+# ---------------------------------------------------------------------- results
+
+
+def _row(peer: str = "attnfast", **changes: Any) -> Any:
+    base: dict[str, Any] = {"suite": "dot", "case": "c", "pass_": "forward", "threads": 1, "peer": peer, "time_ms": 2.0}
+    return Row(**{**base, "ratio": 1.0, "torch": "2", "attnfast": "0", **changes})
+
+
+def test_csv_round_trip(tmp_path: Path) -> None:
+    rows = [
+        _row(note='a "quoted", note', error=1.25e-7, batch=3, quick=True, peak_extra_mib=0.0),
+        _row("sdpa", status="failed", time_ms=None, ratio=None),
+    ]
+    path = tmp_path / "bench.csv"
+    results.write_csv(rows, path)
+    assert results.read_csv(path) == rows
+    with path.open() as file:
+        header = next(csv.reader(file))
+    needed = {
+        "machine",
+        "cpu",
+        "isa",
+        "torch",
+        "commit",
+        "date",
+        "threads",
+        "time_ms",
+        "ratio",
+        "peak_extra_mib",
+        "error",
+    }
+    assert needed | {"suite", "case", "pass", "peer", "status", "note"} <= set(header)
+
+
+def test_a_foreign_csv_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "other.csv"
+    path.write_text("suite,threads\ndot,1\n")
+    with pytest.raises(ValueError, match=r"other\.csv is not a benchmark result: it has no column case, pass, peer"):
+        results.read_csv(path)
+
+
+def test_compare_matches_rows_and_divides_out_the_machine() -> None:
+    old = [_row(time_ms=6.0), _row("sdpa", time_ms=9.0, ratio=1.5), _row(case="gone")]
+    new = [_row(time_ms=2.0), _row("sdpa", time_ms=4.0, ratio=2.0), _row(case="added")]
+    (pair,) = compare.compare(new, old)
+    assert pair.speedup == 3.0
+    assert pair.relative == pytest.approx(2.0 / 1.5)
+    console = report.make_console()
+    with console.capture() as capture:
+        compare.print_comparison(new, old, console)
+    text = capture.get()
+    assert "3.00x" in text
+    assert "1.33x" in text
+    assert "1 rows" in text
+    assert compare.compare(new, [_row(threads=2)]) == []
+
+
+def test_compare_names_what_differs() -> None:
+    console = report.make_console()
+    with console.capture() as capture:
+        compare.print_comparison([_row(isa="avx2")], [_row(isa="avx512")], console)
+    assert "isa differs: avx512 before, avx2 now" in capture.get()
+
+
+def test_losses_are_shown_plainly() -> None:
+    rows = [
+        _row(),
+        _row("sdpa", ratio=0.8, ratio_q25=0.7, ratio_q75=0.9),
+        _row("flex", ratio=1.2),
+        _row("attnfast._C", ratio=0.1),
+    ]
+    assert [row.peer for row in report.losses(rows)] == ["sdpa"]
+    console = report.make_console()
+    with console.capture() as capture:
+        report.print_report(rows, console)
+    assert "slower than sdpa: dot, c, forward, 1 threads: 0.80x (quartiles 0.70 to 0.90)" in capture.get()
+    assert "**0.80x (slower)**" in report.markdown_table(rows)
+    assert report.ratio_text(0.99).style == "bold red"
+    assert report.ratio_text(1.0).style == "green"
+    with console.capture() as capture:
+        report.print_report([_row(), _row("sdpa", ratio=1.1)], console)
+    assert "not slower than any peer" in capture.get()
+
+
+def test_geometric_mean() -> None:
+    assert report.geometric_mean([0.5, 2.0, 8.0]) == pytest.approx(2.0)
+    assert math.isnan(report.geometric_mean([]))
+
+
+def test_markdown_table_holds_ratios_by_pass_and_thread() -> None:
+    rows = []
+    for threads in (1, 2):
+        for index, which in enumerate(registry.PASSES):
+            common = {"pass_": which, "threads": threads, "dtype": "fp32"}
+            rows += [
+                _row(**common, peak_extra_mib=1.0),
+                _row("sdpa", **common, ratio=threads + index / 4, peak_extra_mib=2.5),
+            ]
+    rows += [_row(suite="overhead", time_ms=0.004), _row("sdpa", suite="overhead", time_ms=0.005, ratio=1.25)]
+    text = report.markdown_table(rows)
+    assert "| c | fp32 | 1 | 1.00x | 1.25x | 1.50x | 1.0 / 2.5 |" in text
+    assert "| c | fp32 | 2 | 2.00x | 2.25x | 2.50x | 1.0 / 2.5 |" in text
+    assert "| overhead: c, forward | 1 | 4.00 us | 5.00 us | 1.25x |" in text
+
+
+def test_write_readme_replaces_only_what_is_between_the_markers(tmp_path: Path) -> None:
+    path = tmp_path / "README.md"
+    path.write_text(f"before\n{report.README_BEGIN}\nold\n{report.README_END}\nafter\n")
+    rows = [_row(), _row("sdpa", ratio=1.75)]
+    report.write_readme(path, rows)
+    once = path.read_text()
+    assert once.startswith("before\n")
+    assert once.endswith("\nafter\n")
+    assert "old" not in once
+    assert "1.75x" in once
+    report.write_readme(path, rows)
+    assert path.read_text() == once
+    path.write_text("no markers")
+    with pytest.raises(ValueError, match="needs one line <!-- bench:begin -->"):
+        report.write_readme(path, rows)
+    with pytest.raises(ValueError, match="no rows"):
+        report.write_readme(path, [])
+
+
+def test_chart_is_a_picture(tmp_path: Path) -> None:
+    path = tmp_path / "chart.png"
+    rows = [_row(), _row("sdpa", ratio=0.5), _row("compile", ratio=3.0), _row("sdpa", threads=2, ratio=2.0)]
+    chart.write_chart(rows, path)
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    assert int.from_bytes(data[16:20], "big") > 500
+    with pytest.raises(ValueError, match="nothing to draw"):
+        chart.write_chart([_row()], tmp_path / "empty.png")
+
+
+# ---------------------------------------------------------------------- the model
+
+
+def test_digits_model_swaps_attention_and_losses_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    ours = attnfast.scaled_dot_product_attention
+
+    def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(args[0].shape)
+        return ours(*args, **kwargs)
+
+    monkeypatch.setattr(attnfast, "scaled_dot_product_attention", counted)
+    original = F.scaled_dot_product_attention
+    trainings = model_digits.train(steps=6)
+    assert F.scaled_dot_product_attention is original
+    batch, layers = model_digits._BATCH, model_digits._LAYERS
+    assert calls.count((batch, 4, 16, 16)) == 6 * layers, "training must run attnfast's attention in every layer"
+    assert len(calls) == 7 * layers, "and so must the evaluation"
+    assert model_digits.largest_difference(trainings) < 1e-4
+    assert trainings["sdpa"].losses[0] > trainings["sdpa"].losses[-1]
+    assert len(trainings["attnfast"].seconds) == 6
+
+
+def test_digits_patches_are_the_images() -> None:
+    patches, labels = model_digits.load_digits()
+    assert patches.shape == (1797, 16, 4)
+    assert labels.shape == (1797,)
+    from sklearn.datasets import load_digits
+
+    image = torch.from_numpy(load_digits().images[7]).float() / 16
+    assert torch.equal(patches[7, 5].view(2, 2), image[2:4, 2:4])
+    assert patches.min() >= 0
+    assert patches.max() == 1
+
+
+def test_a_wrong_attention_shows_in_the_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attnfast, "scaled_dot_product_attention", lambda q, k, v, *_, **__: v)
+    assert model_digits.largest_difference(model_digits.train(steps=4)) > 1e-3

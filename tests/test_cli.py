@@ -1,0 +1,322 @@
+"""The command line, as a user runs it: in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import attnfast
+from attnfast import cli
+from attnfast.cli import _benchmarks, bench, gradcheck, info
+
+ROOT = Path(attnfast.__file__).resolve().parents[1]
+COMMANDS = ("info", "explain", "bench", "gradcheck", "plot")
+
+
+def run(*arguments: str, status: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+    answer = subprocess.run(
+        [sys.executable, "-m", "attnfast", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+    assert answer.returncode == status, f"{arguments} ended with {answer.returncode}\n{answer.stdout}\n{answer.stderr}"
+    return answer
+
+
+# ---------------------------------------------------------------------- usage
+
+
+def test_help_names_every_command() -> None:
+    text = run("--help").stdout
+    for command in COMMANDS:
+        assert re.search(rf"^ +{command}\s{{2,}}\w", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert f"python -m attnfast {command}" in text
+    assert len(text.splitlines()) > 5
+
+
+@pytest.mark.parametrize("arguments", [(), ("no-such-command",), ("explain", "--shape", "1,2,3"), ("plot",)])
+def test_wrong_usage_is_status_2(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    assert "usage: python -m attnfast" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------- info
+
+
+def test_info_tells_versions_and_isas() -> None:
+    from attnfast import _C
+
+    text = run("info").stdout
+    assert attnfast.__version__ in text
+    assert str(torch.__version__) in text
+    assert "cuda not built" in text
+    for name in ("baseline", "avx2", "avx512"):
+        assert f"\n  {name} " in text
+    data = json.loads(run("info", "--json").stdout)
+    assert data["isa"]["compiled"] == list(_C.compiled_isas())
+    assert data["isa"]["available"] == list(_C.available_isas())
+    assert data["isa"]["used"] in data["isa"]["available"]
+    assert data["isa"]["status"][data["isa"]["used"]] == "in use"
+    assert data["attnfast"] == attnfast.__version__
+    assert Path(data["binary"]).exists()
+
+
+def test_info_under_a_forced_isa() -> None:
+    data = json.loads(run("info", "--json", ATTNFAST_ISA="baseline").stdout)
+    assert data["isa"]["used"] == "baseline"
+    assert data["isa"]["forced"] == "baseline"
+    for name in data["isa"]["available"]:
+        if name != "baseline":
+            assert data["isa"]["status"][name] == "available, not in use: ATTNFAST_ISA=baseline asks for another"
+
+
+@pytest.mark.parametrize(
+    ("name", "compiled", "available", "used", "missing", "expected"),
+    [
+        ("avx2", "baseline avx2", "baseline avx2", "avx2", "", "in use"),
+        ("baseline", "baseline avx2", "baseline avx2", "avx2", "", "available, not in use: avx2 is faster"),
+        ("avx512", "baseline avx2", "baseline avx2", "avx2", "", "not built (this"),
+        (
+            "avx512",
+            "baseline avx2 avx512",
+            "baseline avx2",
+            "avx2",
+            "avx512f",
+            "built, but this processor lacks avx512f",
+        ),
+        ("avx2", "baseline avx2", "baseline", "baseline", "fma avx512f", "built, but this processor lacks fma"),
+        ("avx2", "baseline avx2", "baseline avx2", "baseline", "", "available, not in use: another was chosen"),
+    ],
+)
+def test_isa_status_says_why(
+    monkeypatch: pytest.MonkeyPatch, name: str, compiled: str, available: str, used: str, missing: str, expected: str
+) -> None:
+    monkeypatch.delenv("ATTNFAST_ISA", raising=False)
+    features = {**dict.fromkeys(("avx2", "fma", "avx512f"), True), **dict.fromkeys(missing.split(), False)}
+    status = info.isa_status(name, compiled.split(), available.split(), used, features)
+    assert status.startswith(expected)
+    if expected.endswith("lacks fma"):
+        assert status == expected
+
+
+# ---------------------------------------------------------------------- explain
+
+
+def test_explain_matches_the_function(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["explain", "--shape", "1,2,16,8", "--causal", "top_left"]) == 0
+    query = torch.zeros(1, 2, 16, 8)
+    expected = attnfast.explain(attnfast.attention, query, query, query, causal="top_left")
+    assert capsys.readouterr().out.strip() == expected.strip()
+    assert expected.strip()
+
+
+def test_explain_json_and_options(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--kv-heads", "1", "--key-tokens", "5", "--value-size", "3", "--dtype", "float64", "--window=2,-1"]
+    extra = ["--mask", "--bias", "--grad", "--softcap", "4", "--return-weights", "row_max", "--score", "cosine"]
+    assert cli.main(["explain", "--shape", "1,2,4,8", *options, *extra, "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["function"] == "attention"
+    assert data["shapes"] == {"query": [1, 2, 4, 8], "key": [1, 1, 5, 8], "value": [1, 1, 5, 3]}
+    assert data["options"]["window"] == [2, -1]
+    assert data["options"]["softcap"] == 4
+    assert data["explanation"]
+    assert cli.main(["explain", "--torch-signature", "--kv-heads", "4", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["function"] == "scaled_dot_product_attention"
+    assert data["options"]["enable_gqa"] is True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--kv-heads", "3"], "H"),
+        (["--score", "manhattan"], "score"),
+        (["--dropout", "1.5"], "dropout_p"),
+        (["--torch-signature", "--softcap", "2"], "--softcap is not part of scaled_dot_product_attention's signature"),
+        (["--torch-signature", "--causal", "bottom_right"], "top-left causality"),
+        (["--shape", "1,-2,3,4"], "takes B,H,T_q,D"),
+    ],
+)
+def test_explain_refuses_a_wrong_call(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        status = cli.main(["explain", *arguments])
+    except SystemExit as stop:
+        status = int(str(stop.code))
+    assert status == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+# ---------------------------------------------------------------------- gradcheck
+
+
+def test_gradcheck_passes_and_reports(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["gradcheck", "--only", "soft cap", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    (row,) = data["rows"]
+    assert (row["name"], row["first"], row["second"]) == ("soft cap", "ok", "ok")
+    assert cli.main(["gradcheck", "--only", "plain"]) == 0
+    assert "1 of 1 right" in capsys.readouterr().out
+
+
+def test_gradcheck_finds_a_wrong_derivative(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wrong(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: Any) -> torch.Tensor:
+        return torch.softmax(query.detach() @ key.transpose(-2, -1), -1) @ value + query.sum()
+
+    monkeypatch.setattr(attnfast, "attention", wrong)
+    assert cli.main(["gradcheck", "--only", "plain"]) == 1
+    text = capsys.readouterr().out
+    assert "WRONG" in text
+    assert "0 of 1 right; wrong: plain" in text
+    assert cli.main(["gradcheck", "--only", "no such row"]) == 1
+
+
+def test_gradcheck_covers_every_differentiable_argument() -> None:
+    names = set(gradcheck.checks())
+    assert {"bias", "sink", "lse", "weights", "column sums", "row maximum", "varlen", "grouped heads"} <= names
+    assert {f"score {score}" for score in ("dot", "cosine", "l2")} <= names
+
+
+# ---------------------------------------------------------------------- bench and plot
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A real run of the smallest suite: folder and what was printed."""
+    folder = tmp_path_factory.mktemp("bench")
+    answer = run("bench", "--suite", "overhead", "--quick", "--threads", "1", "--out", str(folder))
+    return folder, answer.stdout
+
+
+def test_bench_prints_tables_and_writes_files(result: tuple[Path, str]) -> None:
+    folder, text = result
+    assert "Cost of a call" in text
+    assert "Summary" in text
+    assert "1,1,8,64" in text
+    rows = _benchmarks.load_benchmarks("results").read_csv(folder / "bench.csv")
+    assert {row.peer for row in rows} == {"attnfast", "attnfast._C", "sdpa", "sdpa math"}
+    assert {row.pass_ for row in rows} == {"forward", "forward, recording", "forward+backward"}
+    assert {row.status for row in rows} == {"ok"}
+    assert {row.threads for row in rows} == {1}
+    assert all(row.quick and row.isa and row.date and row.machine for row in rows)
+    assert (folder / "bench.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_bench_shows_and_compares_a_result(result: tuple[Path, str], tmp_path: Path) -> None:
+    source = str(result[0] / "bench.csv")
+    readme = tmp_path / "README.md"
+    readme.write_text("# Title\n<!-- bench:begin -->\n<!-- bench:end -->\n")
+    text = run("bench", "--from", source, "--compare", source, "--readme", str(readme)).stdout
+    assert "Cost of a call" in text
+    assert "geometric mean: 1.00x faster than before, 1.00x against torch" in text
+    assert "| overhead: 1,1,8,64, forward | 1 |" in readme.read_text()
+
+
+def test_plot_draws_a_result(result: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "picture.png"
+    assert cli.main(["plot", str(result[0] / "bench.csv"), "--out", str(target)]) == 0
+    assert target.read_bytes()[:4] == b"\x89PNG"
+    assert str(target) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bench", "--device", "cuda"], "this build of attnfast has no CUDA kernels"),
+        (["bench", "--suite", "nothing"], "no suite 'nothing'; there are dot, overhead, model"),
+        (["bench", "--threads", "0"], "--threads takes positive numbers separated by commas, got '0'"),
+        (["bench", "--threads", "one"], "--threads takes positive numbers separated by commas, got 'one'"),
+        (["bench", "--case", "no such case"], "has 'no such case' in its name"),
+        (["bench", "--compare", "missing.csv"], "cannot read missing.csv: No such file"),
+        (["bench", "--readme", "missing.md"], "--readme: there is no file missing.md"),
+        (["plot", "missing.csv"], "cannot read missing.csv: No such file"),
+        (["plot", "pyproject.toml"], "pyproject.toml is not a benchmark result"),
+    ],
+)
+def test_bench_and_plot_refuse_clearly(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith(f"python -m attnfast {arguments[0]}: ")
+    assert "Traceback" not in error
+
+
+def test_bench_names_missing_packages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(bench._NEEDED, "no_such_module", "no-such-package")
+    assert cli.main(["bench", "--list"]) == 2
+    assert "needs no-such-package" in capsys.readouterr().err
+
+
+def test_bench_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "--list", "--suite", "dot"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "dot"
+    assert "  1,4,8192,64 (forward, backward, forward+backward), full run only" in lines
+    assert "overhead" not in lines
+
+
+def test_threads_are_read_in_order() -> None:
+    assert bench.parse_threads("2,1,2") == (2, 1)
+    with pytest.raises(cli.CommandError):
+        bench.parse_threads("1,,2")
+
+
+def test_benchmarks_are_found_in_an_installed_package(tmp_path: Path) -> None:
+    """A wheel holds benchmarks/ as attnfast/benchmarks: made here of links, and preferred to the checkout's folder."""
+    package = tmp_path / "attnfast"
+    package.mkdir()
+    for path in Path(attnfast.__file__).resolve().parent.iterdir():
+        if path.name not in ("benchmarks", "__pycache__"):
+            (package / path.name).symlink_to(path)
+    (package / "benchmarks").symlink_to(Path(_benchmarks.load_benchmarks().__file__ or "").resolve().parent)
+    code = (
+        "from attnfast.cli._benchmarks import load_benchmarks as l; print(l().__file__); print(l('registry').suites())"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert answer.returncode == 0, answer.stderr
+    first, second = answer.stdout.splitlines()
+    assert first == str(package / "benchmarks" / "__init__.py")
+    assert second == "('dot', 'overhead', 'model')"
+
+
+def test_benchmarks_missing_is_a_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in [name for name in sys.modules if name.split(".")[:2] == ["attnfast", "benchmarks"]]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(_benchmarks.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(_benchmarks, "__file__", str(tmp_path / "a" / "b" / "c.py"))
+    with pytest.raises(ModuleNotFoundError, match=r"neither installed as attnfast\.benchmarks nor found in"):
+        _benchmarks.load_benchmarks()

@@ -1,0 +1,443 @@
+"""Contract lines 7, 8 and 12 of semantics.md: shapes, strides, head groups, scales, sizes beyond 2^31 elements."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from helpers import HALVES, LAYOUTS, check_attention, leaves, oracle, problem, real
+from torch import Tensor
+
+# --------------------------------------------------------------------------------------------- line 7: leading dimensions
+
+LEADING: list[tuple[int, ...]] = [(), (3,), (2, 3), (2, 1, 3), (2, 1, 2, 3), (1, 2, 1, 2, 3)]
+
+
+@pytest.mark.parametrize("leading", LEADING, ids=str)
+def test_s07_leading_dims(backend: Any, dtype: torch.dtype, leading: tuple[int, ...]) -> None:
+    """2-D to 7-D, heads last of the leading dimensions: the numbers of the 4-D call, forward and backward."""
+    H = leading[-1] if leading else 1
+    B = math.prod(leading[:-1])
+    flat = leaves(problem(B, H, 6, 9, 8, 5, dtype=dtype))
+    options: dict[str, Any] = {"causal": "bottom_right", "return_lse": True, "return_weights": True}
+    want = backend.attention(*flat.values(), **options)
+    shaped = {n: x.detach().reshape(*leading, *x.shape[2:]).requires_grad_() for n, x in flat.items()}
+    have = backend.attention(*shaped.values(), **options)
+    assert have.output.shape == (*leading, 6, 5) and have.lse.shape == (*leading, 6)
+    assert have.weights.shape == (*leading, 6, 9)
+    for name in ("output", "lse", "weights"):
+        torch.testing.assert_close(getattr(have, name).reshape(getattr(want, name).shape), getattr(want, name))
+    probe = torch.randn(want.output.shape).to(dtype)
+    want_grads = torch.autograd.grad(want.output, list(flat.values()), probe)
+    have_grads = torch.autograd.grad(have.output, list(shaped.values()), probe.reshape(have.output.shape))
+    for a, b in zip(have_grads, want_grads):
+        torch.testing.assert_close(a.reshape(b.shape), b)
+    sdpa = backend.scaled_dot_product_attention(*shaped.values())
+    torch.testing.assert_close(sdpa.reshape(B, H, 6, 5), backend.scaled_dot_product_attention(*flat.values()))
+
+
+@pytest.mark.parametrize(
+    "q,k,v",
+    [
+        ((1, 3), (2, 3), (2, 3)),
+        ((2, 3), (1, 3), (2, 3)),
+        ((2, 3), (2, 3), (1, 3)),
+        ((4, 1, 3), (1, 2, 3), (2, 3)),
+        ((3,), (2, 5, 3), (5, 3)),
+    ],
+    ids=str,
+)
+def test_s07_broadcast_batch_dims(
+    backend: Any, dtype: torch.dtype, q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]
+) -> None:
+    tensors = [
+        torch.randn(*shape, T, 8, dtype=torch.float64).to(dtype).requires_grad_() for shape, T in ((q, 4), (k, 6), (v, 6))
+    ]
+    leading = torch.broadcast_shapes(q, k, v)
+    have = backend.attention(*tensors)
+    assert have.shape == (*leading, 4, 8)
+    wide = [x.detach().double().requires_grad_() for x in tensors]
+    want = torch.softmax(wide[0] @ wide[1].mT / math.sqrt(8), -1) @ wide[2]
+    tolerance = {8: 1e-12, 4: 2e-5, 2: 3e-2}[have.element_size()]
+    torch.testing.assert_close(have.double(), want, rtol=0, atol=tolerance)
+    probe = torch.randn(have.shape).to(dtype)
+    for a, b in zip(torch.autograd.grad(have, tensors, probe), torch.autograd.grad(want, wide, probe.double())):
+        torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=4 * tolerance)
+    same = backend.scaled_dot_product_attention(*tensors)
+    torch.testing.assert_close(same, have)
+
+
+def test_s07_sdpa_broadcasts_heads(backend: Any, dtype: torch.dtype) -> None:
+    """torch's SDPA broadcasts every leading dimension, heads too."""
+    query, key, value = (torch.randn(*shape).to(dtype) for shape in ((4, 3, 8), (2, 4, 5, 8), (2, 1, 5, 8)))
+    have = backend.scaled_dot_product_attention(query, key, value)
+    want = torch.softmax(query.double() @ key.double().mT / math.sqrt(8), -1) @ value.double()
+    torch.testing.assert_close(have.double(), want, rtol=0, atol={8: 1e-12, 4: 2e-5, 2: 3e-2}[have.element_size()])
+
+
+MASK_SHAPES = [(7,), (1, 7), (5, 1), (5, 7), (2, 1, 1), (2, 5, 7), (3, 1, 1, 1), (3, 1, 5, 7), (3, 2, 1, 7), (1, 1, 1, 1)]
+
+
+@pytest.mark.parametrize("shape", MASK_SHAPES, ids=str)
+@pytest.mark.parametrize("name", ["mask", "bias"])
+def test_s07_mask_and_bias_broadcast(backend: Any, dtype: torch.dtype, name: str, shape: tuple[int, ...]) -> None:
+    """Every broadcast of a boolean mask and of a bias, whose gradient comes back summed in its own shape."""
+    inputs = problem(3, 2, 5, 7, 8, dtype=dtype)
+    if name == "mask":
+        inputs["mask"] = torch.rand(shape) < 0.7
+    else:
+        inputs["bias"] = torch.randn(shape, dtype=torch.float64).to(dtype)
+    check_attention(backend.attention, inputs)
+
+
+@pytest.mark.parametrize("shape", [(130,), (70, 1), (70, 130), (2, 1, 1), (2, 1, 70, 130)], ids=str)
+def test_s07_bias_broadcast_over_tiles(backend: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Sums over 560 entries each: three ulp of the sum's terms are not three ulp of the sum."""
+    inputs = problem(2, 2, 70, 130, 8, dtype=dtype)
+    inputs["bias"] = torch.randn(shape, dtype=torch.float64).to(dtype)
+    check_attention(backend.attention, inputs, causal="top_left")
+
+
+# ------------------------------------------------------------------------------------------------------- line 7: empties
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"B": 0},
+        {"H": 0},
+        {"T_q": 0},
+        {"T_k": 0},
+        {"D": 0},
+        {"D_v": 0},
+        {"T_q": 0, "T_k": 0},
+        {"D": 0, "D_v": 0},
+        {"B": 0, "T_k": 0},
+        {"D": 0, "T_k": 0},
+        {"T_q": 1, "T_k": 0},
+        {"T_q": 70, "D": 0, "T_k": 130},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("causal", [None, "top_left", "bottom_right"])
+def test_s07_empty_sizes(backend: Any, dtype: torch.dtype, sizes: dict[str, int], causal: str | None) -> None:
+    shape = {"B": 2, "H": 2, "T_q": 3, "T_k": 4, "D": 8, "D_v": 8, **sizes}
+    run = check_attention(backend.attention, problem(**shape, dtype=dtype), causal=causal)
+    if shape["T_k"] == 0:
+        assert run.lse is not None
+        assert (run.output == 0).all() and (run.lse == -math.inf).all()
+    for which in ("column_sum", "row_max"):
+        inputs = leaves(problem(**shape, dtype=dtype))
+        result = backend.attention(*inputs.values(), causal=causal, return_weights=which)
+        last = shape["T_k"] if which == "column_sum" else shape["T_q"]
+        assert result.weights.shape == (shape["B"], shape["H"], last)
+        (result.weights.sum() + result.output.sum()).backward()
+        assert all(x.grad is None or x.grad.isfinite().all() for x in inputs.values())
+
+
+def test_s07_empty_varlen(backend: Any, dtype: torch.dtype) -> None:
+    """No sequence at all, and sequences that are all empty."""
+    for cu in ([0], [0, 0, 0]):
+        query, key, value = (torch.empty(0, 2, 8, dtype=dtype, requires_grad=True) for _ in range(3))
+        offsets = torch.tensor(cu)
+        output = backend.varlen_attention(query, key, value, offsets, offsets, 0, 0)
+        assert output.shape == (0, 2, 8)
+        output.sum().backward()
+
+
+# ---------------------------------------------------------------------------------------------- line 7: sizes of everything
+
+HEAD_SIZES = [
+    (0, 4), (1, 1), (1, 65), (3, 3), (3, 128), (8, 8), (16, 17), (17, 16), (33, 33), (64, 64), (64, 1), (65, 64),
+    (100, 100), (128, 128), (128, 33), (200, 8), (256, 256),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("D,D_v", HEAD_SIZES)
+def test_s07_head_sizes(backend: Any, dtype: torch.dtype, D: int, D_v: int) -> None:
+    check_attention(backend.attention, problem(1, 2, 37, 75, D, D_v, dtype=dtype), causal="bottom_right")
+
+
+@pytest.mark.parametrize("D,D_v", HEAD_SIZES)
+def test_s07_head_sizes_one_query(backend: Any, dtype: torch.dtype, D: int, D_v: int) -> None:
+    check_attention(backend.attention, problem(2, 4, 1, 75, D, D_v, H_kv=2, dtype=dtype))
+
+
+TOKENS = [
+    (1, 1), (1, 2), (2, 1), (1, 16), (1, 513), (1, 1025), (2, 700), (4, 300), (5, 6), (6, 64), (7, 65), (15, 63), (16, 16),
+    (17, 31), (48, 48), (63, 5), (64, 1), (64, 128), (65, 127), (96, 33), (128, 129), (130, 64), (192, 200), (257, 259),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("T_q,T_k", TOKENS)
+def test_s07_token_counts(backend: Any, dtype: torch.dtype, T_q: int, T_k: int) -> None:
+    check_attention(backend.attention, problem(1, 2, T_q, T_k, 8, 12, dtype=dtype))
+
+
+# ------------------------------------------------------------------------------------------------------- line 7: strides
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("which", ["query", "key", "value", "all"])
+@pytest.mark.parametrize("T_q", [1, 70])
+def test_s07_strides(backend: Any, dtype: torch.dtype, T_q: int, which: str, layout: str) -> None:
+    inputs = problem(2, 2, T_q, 67, 16, dtype=dtype)
+    for name in inputs if which == "all" else [which]:
+        inputs[name] = LAYOUTS[layout](inputs[name])
+        before, after = inputs[name], leaves({name: inputs[name]})[name]
+        assert after.stride() == before.stride() and after.is_neg() == before.is_neg()
+    check_attention(backend.attention, inputs, causal="bottom_right")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("T_q", [1, 70])
+def test_s07_strides_of_grad_out(backend: Any, dtype: torch.dtype, T_q: int, layout: str) -> None:
+    inputs = leaves(problem(2, 2, T_q, 67, 16, dtype=dtype))
+    output = backend.attention(*inputs.values())
+    grad_out = LAYOUTS[layout](torch.randn(output.shape).to(dtype))
+    copy = grad_out.resolve_neg().clone(memory_format=torch.contiguous_format)
+    have = torch.autograd.grad(output, list(inputs.values()), grad_out, retain_graph=True)
+    want = torch.autograd.grad(output, list(inputs.values()), copy)
+    for a, b in zip(have, want):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("T_q", [1, 70])
+def test_s07_strides_of_mask_and_bias(backend: Any, dtype: torch.dtype, T_q: int, layout: str) -> None:
+    inputs = problem(2, 2, T_q, 67, 8, dtype=dtype)
+    inputs["bias"] = LAYOUTS[layout](torch.randn(2, 2, T_q, 67).to(dtype))
+    if layout != "negative_bit":
+        inputs["mask"] = LAYOUTS[layout]((torch.rand(2, 2, T_q, 67) < 0.7).to(torch.float32)) > 0
+        if "stride0" in layout:
+            inputs["mask"] = LAYOUTS[layout](torch.rand(2, 2, T_q, 67) < 0.7)
+    check_attention(backend.attention, inputs)
+
+
+@pytest.mark.parametrize("layout", ["token_major", "last_stride_3", "storage_offset", "stride0_tokens", "negative_bit"])
+def test_s07_strides_varlen(backend: Any, dtype: torch.dtype, layout: str) -> None:
+    lengths = [5, 0, 33, 2]
+    cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
+    tensors = [LAYOUTS[layout](torch.randn(1, 40, 2, 8).to(dtype))[0].detach().requires_grad_() for _ in range(3)]
+    copies = [x.detach().resolve_neg().clone(memory_format=torch.contiguous_format).requires_grad_() for x in tensors]
+    have = backend.varlen_attention(*tensors, cu, cu, 33, 33, causal="top_left")
+    want = backend.varlen_attention(*copies, cu, cu, 33, 33, causal="top_left")
+    torch.testing.assert_close(have, want)
+    for a, b in zip(torch.autograd.grad(have.sum(), tensors), torch.autograd.grad(want.sum(), copies)):
+        torch.testing.assert_close(a, b)
+
+
+# ---------------------------------------------------------------------------------------- line 7: head groups and packing
+
+
+@pytest.mark.parametrize("H,H_kv", [(4, 2), (6, 1), (6, 3), (8, 8), (32, 2)])
+@pytest.mark.parametrize("T_q", [1, 3, 70])
+def test_s07_head_groups(backend: Any, dtype: torch.dtype, T_q: int, H: int, H_kv: int) -> None:
+    inputs = problem(2, H, T_q, 67, 8, H_kv=H_kv, dtype=dtype)
+    check_attention(backend.attention, inputs, causal="bottom_right")
+    if H != H_kv:
+        grouped = backend.scaled_dot_product_attention(*inputs.values(), enable_gqa=True)
+        torch.testing.assert_close(grouped, backend.attention(*inputs.values()))
+
+
+def test_s07_head_groups_are_not_materialised(isa: str) -> None:
+    """Torch allocations of a grouped call, forward and backward, stay far below one repeated key."""
+    import attnfast
+
+    inputs = leaves(problem(1, 32, 4, 4096, 64, H_kv=1))
+    repeated = 32 * 4096 * 64 * 4
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        output = attnfast.attention(*inputs.values())
+        torch.autograd.grad(output.sum(), list(inputs.values()))
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert largest < repeated / 4, f"an allocation of {largest} bytes; the repeated keys take {repeated}"
+
+
+VARLEN_OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"causal": "top_left"},
+    {"causal": "bottom_right", "window": (4, 1)},
+    {"softcap": 1.5, "alibi_slopes": True, "sink": True, "scale": -0.3},
+    {"score": "cosine", "scale": 4.0},
+    {"score": "l2", "causal": "bottom_right", "alibi_slopes": True},
+]
+
+
+@pytest.mark.parametrize("index", range(len(VARLEN_OPTIONS)))
+@pytest.mark.parametrize("H,H_kv", [(2, 2), (4, 1)])
+def test_s07_varlen_is_a_loop_over_sequences(backend: Any, dtype: torch.dtype, H: int, H_kv: int, index: int) -> None:
+    n_q, n_k = [1, 0, 70, 5, 1, 3], [130, 4, 66, 5, 1, 0]
+    cu_q, cu_k = (torch.tensor([0, *torch.tensor(n).cumsum(0).tolist()]) for n in (n_q, n_k))
+    g = torch.Generator().manual_seed(4)
+    base = [
+        torch.randn(n, h, d, generator=g, dtype=torch.float64).to(dtype)
+        for n, h, d in ((sum(n_q), H, 8), (sum(n_k), H_kv, 8), (sum(n_k), H_kv, 12))
+    ]
+    options = dict(VARLEN_OPTIONS[index])
+    extras = {n: torch.rand(H, generator=g).to(real(dtype)) for n in ("alibi_slopes", "sink") if options.pop(n, False)}
+    x = leaves({"query": base[0], "key": base[1], "value": base[2], **extras})
+    result = backend.varlen_attention(
+        x["query"], x["key"], x["value"], cu_q, cu_k, 70, 130, return_lse=True, **options, **{n: x[n] for n in extras}
+    )
+    assert result.output.shape == (sum(n_q), H, 12) and result.lse.shape == (H, sum(n_q))
+    y = leaves({"query": base[0], "key": base[1], "value": base[2], **extras}, torch.float64)
+    outputs, lses = [], []
+    for b in range(len(n_q)):
+        rows, columns = slice(cu_q[b], cu_q[b + 1]), slice(cu_k[b], cu_k[b + 1])
+        one = oracle(
+            y["query"][rows].transpose(0, 1)[None], y["key"][columns].transpose(0, 1)[None],
+            y["value"][columns].transpose(0, 1)[None], **options, **{n: y[n] for n in extras},
+        )  # fmt: skip
+        outputs.append(one.output[0].transpose(0, 1))
+        lses.append(one.lse[0])
+    want, want_lse = torch.cat(outputs), torch.cat(lses, -1)
+    rtol = {8: 1e-11, 4: 1e-4, 2: 3e-2}[want.new_empty(0, dtype=dtype).element_size()]
+    torch.testing.assert_close(result.output.double(), want, rtol=rtol, atol=rtol)
+    torch.testing.assert_close(result.lse.double(), want_lse, rtol=rtol, atol=rtol)
+    probe, probe_lse = torch.randn(want.shape, generator=g).to(dtype), torch.randn(want_lse.shape, generator=g)
+    grads = []
+    for out, lse, leaf in ((result.output, result.lse, x), (want, want_lse, y)):
+        total = (out * probe.to(out.dtype)).sum() + torch.where(want_lse.isfinite(), lse * probe_lse, 0).sum()
+        grads.append(torch.autograd.grad(total, [t for t in leaf.values() if t.requires_grad]))
+    for have_grad, want_grad in zip(*grads):
+        size = want_grad.abs().max().clamp_min(1).item()
+        torch.testing.assert_close(have_grad.double(), want_grad, rtol=rtol, atol=2 * rtol * size)
+
+
+# --------------------------------------------------------------------------------------------------------- line 8: scale
+
+
+@pytest.mark.parametrize("scale", [None, 0.0, -0.7, 1.0, 1e-3, 5.0])
+@pytest.mark.parametrize("score", ["dot", "scaled_dot", "cosine", "l2"])
+@pytest.mark.parametrize("T_q", [1, 40])
+def test_s08_scale(backend: Any, dtype: torch.dtype, T_q: int, score: str, scale: float | None) -> None:
+    inputs = problem(1, 2, T_q, 70, 16, dtype=dtype)
+    # cosine and l2 are prepared in Python: gradients pass through one more rounding in half precision
+    slack = 2 * torch.finfo(dtype).eps if dtype in HALVES and score in ("cosine", "l2") else 0.0
+    if score == "l2":  # -|q|^2 + 2 q.k - |k|^2 in the accumulation type: as torch.cdist, not as a sum of squares
+        squares = sum(inputs[n].double().square().sum(-1).max().item() for n in ("query", "key"))
+        slack += torch.finfo(real(dtype)).eps * squares * abs(1.0 if scale is None else scale)
+    run = check_attention(backend.attention, inputs, score=score, scale=scale, slack=slack)
+    if scale == 0.0:
+        assert run.weights is not None
+        torch.testing.assert_close(run.weights, torch.full_like(run.weights, 1 / 70))
+        assert (run.grads["query"] == 0).all() or score == "l2"
+
+
+def test_s08_default_scale(backend: Any, dtype: torch.dtype) -> None:
+    inputs = problem(1, 2, 9, 11, 24, dtype=dtype)
+    default = backend.attention(*inputs.values())
+    torch.testing.assert_close(default, backend.attention(*inputs.values(), scale=1 / math.sqrt(24)))
+    torch.testing.assert_close(default, backend.attention(*inputs.values(), score="dot", scale=1 / math.sqrt(24)))
+    torch.testing.assert_close(default, backend.scaled_dot_product_attention(*inputs.values(), scale=1 / math.sqrt(24)))
+    doubled = backend.attention(*inputs.values(), score="dot")
+    torch.testing.assert_close(doubled, backend.attention(*inputs.values(), scale=1.0))
+
+
+def test_s08_mirrored_scale(backend: Any, dtype: torch.dtype) -> None:
+    """A negative scale is the same as negated queries."""
+    inputs = problem(1, 2, 9, 70, 16, dtype=dtype)
+    a = backend.attention(*inputs.values(), scale=-0.5)
+    b = backend.attention(-inputs["query"], inputs["key"], inputs["value"], scale=0.5)
+    torch.testing.assert_close(a, b)
+
+
+# --------------------------------------------------------------------------------------------- line 12: more than 2^31
+
+FAR = 2**27 + 64  # elements from row to row: the 17th row starts beyond 2^31
+
+
+def far_rows(x: Tensor) -> Tensor:
+    """[1, 1, T, D] with FAR elements between the rows; only the pages in use are ever committed."""
+    T, D = x.shape[-2:]
+    buffer = torch.empty((T - 1) * FAR + D, dtype=x.dtype)
+    view = buffer.as_strided((1, 1, T, D), (0, 0, FAR, 1))
+    return view.copy_(x)
+
+
+@pytest.mark.parametrize("which", ["query", "key", "value", "bias", "mask"])
+@pytest.mark.parametrize("T_q", [1, 20])
+def test_s12_offsets_beyond_2_31(isa: str, T_q: int, which: str) -> None:
+    """Rows 2^27 elements apart: the last row lies beyond 2^31 elements (in 1- to 4-byte elements)."""
+    import attnfast
+
+    inputs = problem(1, 1, T_q, 20, 8)
+    inputs["bias"] = torch.randn(1, 1, T_q, 20)
+    inputs["mask"] = torch.rand(1, 1, T_q, 20) < 0.8
+    if which in ("bias", "mask") or (which == "query" and T_q > 1) or which in ("key", "value"):
+        inputs[which] = far_rows(inputs[which])
+    if T_q > 1 or which in ("key", "value"):
+        assert (inputs[which].shape[2] - 1) * inputs[which].stride(2) > 2**31
+    found = leaves(inputs)
+    output = attnfast.attention(found["query"], found["key"], found["value"], bias=found["bias"], mask=found["mask"])
+    plain = leaves({n: x.clone(memory_format=torch.contiguous_format) for n, x in inputs.items()}, torch.float64)
+    want = oracle(plain["query"], plain["key"], plain["value"], bias=plain["bias"], mask=plain["mask"]).output
+    torch.testing.assert_close(output.double(), want, rtol=1e-5, atol=1e-5)
+    probe = torch.randn(output.shape)
+    names = [n for n in ("query", "key", "value", "bias") if n != which]  # torch would allocate a far gradient densely
+    have_grads = torch.autograd.grad(output, [found[n] for n in names], probe)
+    want_grads = torch.autograd.grad(want, [plain[n] for n in names], probe.double())
+    for a, b in zip(have_grads, want_grads):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_s12_keys_beyond_2_31_elements() -> None:
+    """One query over 2^23 + 9 keys of 256 features: two tensors of more than 2^31 elements, broadcast."""
+    import attnfast
+
+    T_k = 2**23 + 9
+    key = torch.randn(1, 1, 1, 256).half().expand(1, 1, T_k, 256)
+    value = torch.randn(1, 1, 1, 256).half().expand(1, 1, T_k, 256)
+    assert key.numel() > 2**31
+    query = torch.randn(1, 1, 1, 256).half()
+    result = attnfast.attention(query, key, value, return_lse=True)
+    # equal addends round the same way every time: the worst case for a sum (torch's own float32 is 12% off here)
+    torch.testing.assert_close(result.output, value[:, :, :1], rtol=5e-3, atol=1e-3)
+    score = (query.double() * key[:, :, :1].double()).sum(-1) / 16
+    torch.testing.assert_close(result.lse.double(), score + math.log(T_k), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_s12_output_beyond_2_31_elements() -> None:
+    """2^20 + 3 queries and values of 2048 features write more than 2^31 elements (4 GiB of bfloat16)."""
+    import attnfast
+
+    T_q = 2**20 + 3
+    query = torch.randn(1, 1, 1, 8).bfloat16().expand(1, 1, T_q, 8)
+    key, value = torch.randn(1, 1, 2, 8).bfloat16(), torch.randn(1, 1, 2, 2048).bfloat16()
+    output = attnfast.attention(query, key, value)
+    assert output.numel() > 2**31
+    want = oracle(query[:, :, :1].float(), key.float(), value.float()).output
+    for row in (0, 1, 2**19, 2**20 - 1, T_q - 1):
+        torch.testing.assert_close(output[:, :, row : row + 1].float(), want, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.slow
+def test_s12_mask_beyond_2_31_elements(isa: str) -> None:
+    """A boolean mask of 47000 x 47000; a window keeps the work small, and the band is all that is committed."""
+    import attnfast
+
+    T = 47000
+    mask = torch.zeros(T, T, dtype=torch.bool)
+    assert mask.numel() > 2**31
+    mask.as_strided((T,), (T + 1,)).fill_(True)  # the diagonal
+    mask.as_strided((T - 2,), (T + 1,), 2 * T).fill_(True)  # two below: sees key q - 2, not q - 1
+    inputs = leaves(problem(1, 1, T, T, 8))
+    output = attnfast.attention(*inputs.values(), mask=mask, window=(3, 0))
+    probe = torch.randn(output.shape)
+    have = torch.autograd.grad(output, list(inputs.values()), probe)
+    wide = leaves(problem(1, 1, T, T, 8), torch.float64)
+    query, key, value = wide.values()
+    near = (query * key).sum(-1) / math.sqrt(8)
+    far = torch.full_like(near, -math.inf).index_copy(
+        2, torch.arange(2, T), (query[:, :, 2:] * key[:, :, :-2]).sum(-1) / math.sqrt(8)
+    )
+    weights = torch.softmax(torch.stack([near, far]), 0)
+    shifted = torch.cat([torch.zeros(1, 1, 2, 8, dtype=torch.float64), value[:, :, :-2]], 2)
+    want = weights[0, ..., None] * value + weights[1, ..., None] * shifted
+    torch.testing.assert_close(output.double(), want, rtol=1e-4, atol=1e-5)
+    for a, b in zip(have, torch.autograd.grad(want, list(wide.values()), probe.double())):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
