@@ -23,7 +23,7 @@ def dot_attention_fwd(
     key: Tensor,
     value: Tensor,
     out: Tensor,
-    lse: Tensor,
+    lse: Tensor | None,
     weights: Tensor | None,
     weights_index: Tensor | None,
     weights_mode: int,
@@ -47,7 +47,7 @@ def dot_attention_fwd(
 ) -> None:
     """Write softmax attention of the dot score to ``out``, and ``lse``, ``weights``, ``weights_index`` if given.
 
-    - ``out`` ``[B, H, T_q, D_v]``, dtype of query; ``lse`` Real, contiguous ``[B, H, T_q]``, base-2 log-sum-exp.
+    - ``out`` ``[B, H, T_q, D_v]``, dtype of query; ``lse`` Real, contiguous ``[B, H, T_q]``, base-2, None = not wanted.
     - ``weights_mode`` 0 none; 1 full ``[B, H, T_q, T_k]`` in query's dtype; 2 column sums ``[B, H, T_k]`` Real;
       3 row maximum ``[B, H, T_q]`` Real with ``weights_index`` int64, contiguous ``[B, H, T_q]``.
     - ``mask`` bool (True = may attend), ``bias``, ``bias2`` floating: views expanded to ``[B, H, T_q, T_k]``.
@@ -65,7 +65,7 @@ def dot_attention_bwd(
     value: Tensor,
     out: Tensor,
     lse: Tensor,
-    delta: Tensor,
+    delta: Tensor | None,
     grad_weights: Tensor | None,
     weights_index: Tensor | None,
     weights_mode: int,
@@ -97,7 +97,8 @@ def dot_attention_bwd(
 ) -> None:
     """Write the gradients that are not None; the modifiers are those of the forward call.
 
-    - ``delta`` Real, contiguous ``[B, H, T_q]``: workspace; ``delta_shift`` likewise, added to rowsum(grad_out * out).
+    - ``delta`` Real, contiguous ``[B, H, T_q]``: workspace, None = the binary's own; ``delta_shift`` likewise, added to
+      rowsum(grad_out * out).
     - ``grad_weights`` has the forward's ``weights`` layout and must be given exactly when ``weights_mode`` > 0.
     - ``grad_query``, ``grad_key``, ``grad_value``: inputs' dtype and shape, any strides, written in full.
     - ``grad_bias``, ``grad_bias2``: zero-filled Real buffers of the bias's own shape, expanded to

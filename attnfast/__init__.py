@@ -7,17 +7,24 @@ torch.Size([2, 8, 128, 64])
 """
 
 from attnfast import reference
+from attnfast._ext import _C as _binary
 from attnfast.explain import explain
 from attnfast.functional import AttentionOutput, attention, scaled_dot_product_attention, varlen_attention
 
 __version__ = "0.1.0"
 
+# The instruction set in use: chosen at load from what the machine has and ATTNFAST_ISA; set_isa forces another one.
+available_isas, get_isa, set_isa = _binary.available_isas, _binary.get_isa, _binary.set_isa
+
 __all__ = [
     "AttentionOutput",
     "__version__",
     "attention",
+    "available_isas",
     "explain",
+    "get_isa",
     "reference",
     "scaled_dot_product_attention",
+    "set_isa",
     "varlen_attention",
 ]

@@ -1,9 +1,9 @@
 """Derivatives of the operators ``attnfast::dot_attention_fwd`` and ``attnfast::dot_attention_bwd``.
 
-Two ways lead here: torch.compile, dispatch modes, subclasses and users who call ``torch.ops.attnfast`` reach the kernels
-of the Autograd dispatch key below; ``torch.func`` transforms cannot see through those and call
-:class:`OperatorForward` themselves (``autograd._unusual`` does). The classes are in the setup_context form, which
-functorch needs and which costs more to call than the plain form of ``autograd.DotAttentionFunction``.
+Two ways lead here: torch.compile, dispatch modes, subclasses and users who call ``torch.ops.attnfast`` reach the
+kernels of the Autograd dispatch key below; ``torch.func`` transforms cannot see through those, for them
+``autograd._unusual`` calls :class:`OperatorForward` itself. The classes are in the setup_context form, which functorch
+needs and which costs more to call than the plain form of ``autograd.DotAttentionFunction``.
 
 The Autograd kernels are written out, instead of ``torch.library.register_autograd``, because the latter lets a
 forward-mode tangent vanish without a word.
@@ -33,9 +33,8 @@ def has_tangent(values: Sequence[Any]) -> bool:
     """Whether one of the tensors is a dual tensor of the current forward-mode level."""
     if forward_ad._current_level < 0:
         return False
-    return any(
-        isinstance(x, Tensor) and x.is_floating_point() and forward_ad.unpack_dual(x).tangent is not None for x in values
-    )
+    floats = (x for x in values if isinstance(x, Tensor) and x.is_floating_point())
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in floats)
 
 
 def _require_no_slope_gradient(options: Sequence[Any]) -> None:
@@ -50,11 +49,11 @@ class OperatorForward(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(*args: Any) -> tuple[Tensor, ...]:
         return FORWARD(*args)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # type: ignore[override]
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         tensors, options = inputs[:N_FWD_TENSORS], inputs[N_FWD_TENSORS:]
         _require_no_slope_gradient(options)
         ctx.save_for_backward(*tensors, *options[:N_OPTION_TENSORS], *output)
@@ -63,7 +62,7 @@ class OperatorForward(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_out, grad_lse, grad_weights, _ = grads
         nothing = (None,) * (N_FWD_TENSORS + _N_OPTIONS)
         if ctx.scalars[-1] == ops.WEIGHTS_NONE:
@@ -93,11 +92,11 @@ class OperatorBackward(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(*args: Any) -> tuple[Tensor, ...]:
         return BACKWARD(*args)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # type: ignore[override]
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         options = inputs[N_BWD_TENSORS:]
         _require_no_slope_gradient(options)
         # Neither out, lse nor weights: they follow from the inputs, and are differentiated there.
@@ -107,7 +106,7 @@ class OperatorBackward(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         options = DotAttentionOptions._make((*saved[9:], *ctx.scalars))
         wanted = (*ctx.needs_input_grad[:6], *ctx.needs_input_grad[10:13])

@@ -32,6 +32,45 @@ def default_scale(score: str, head_size: int) -> float:
     return head_size**-0.5 if score == "scaled_dot" and head_size else 1.0
 
 
+def short_sdpa_call(
+    query: Any, key: Any, value: Any, attn_mask: Any, is_causal: bool, scale: Any, head_size: int
+) -> tuple[Any, ...] | None:
+    """Arguments of ``autograd.dot_attention`` for ordinary operands with an ordinary mask or scale.
+
+    `head_size` is what :func:`_validate.plain` said; where it said 0, three dimensions are tried as ``[1, H, T, D]``.
+    None sends the call the long way, :func:`sdpa_call`, which also finds the words for what is wrong. A mask that wants
+    a gradient goes there as well: it must stay in its own shape.
+    """
+    try:
+        if not head_size:
+            if query.dim() != 3 or (attn_mask is not None and attn_mask.dim() > 3):
+                return None
+            query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
+            head_size = check.plain(query, key, value)
+            if not head_size:
+                return None
+        if scale is None:
+            scale = default_scale("scaled_dot", head_size)
+        elif type(scale) is not float or not -check.LARGEST <= scale <= check.LARGEST:
+            return None
+        mask = bias = None
+        if attn_mask is not None:
+            if attn_mask.layout is not torch.strided or not attn_mask.is_cpu:
+                return None
+            # One view that also checks the shape; a stride of 0 is what the kernels understand by broadcasting.
+            expanded = attn_mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+            if attn_mask.dtype is torch.bool:
+                mask = expanded
+            elif attn_mask.dtype is query.dtype and not attn_mask.requires_grad and not attn_mask.is_neg():
+                bias = expanded
+            else:
+                return None
+    except (AttributeError, RuntimeError, TypeError):
+        return None
+    options = DotAttentionOptions(mask, None, None, None, None, None, None, scale, 0.0, 0.0, int(is_causal))
+    return query, key, value, bias, None, None, options, False
+
+
 def sdpa_call(
     query: Tensor,
     key: Tensor,
@@ -51,17 +90,18 @@ def sdpa_call(
         return _jagged_call(query, key, value, causal=causal, scale=scale, dropout_p=dropout_p)
     query, key, value = _operands(query, key, value)
     check.ranks(query, key, value)
-    if query.dim() > 2:
+    if query.dim() > 2:  # heads broadcast like batch dimensions
         if not enable_gqa:
             named = [("query", query.shape[:-2]), ("key", key.shape[:-2]), ("value", value.shape[:-2])]
             what = "leading dimensions [..., H] (enable_gqa=True allows H_kv that divides H)"
             heads = check.broadcast(named, what)[-1]
-            query, key, value = (x.expand(*x.shape[:-3], heads, -1, -1) for x in (query, key, value))
+            if not query.shape[-3] == key.shape[-3] == value.shape[-3]:
+                query, key, value = (x.expand(*x.shape[:-3], heads, -1, -1) for x in (query, key, value))
         elif key.shape[-3] != value.shape[-3]:
             # torch lets key and value differ in heads here; one of them has to be repeated then.
             check.shapes(query, key, value, equal_heads=False)
             key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
-    options = {"mask": attn_mask, "causal": causal, "scale": scale, "dropout_p": dropout_p}
+    options: dict[str, Any] = {"mask": attn_mask, "causal": causal, "scale": scale, "dropout_p": dropout_p}
     return _call(query, key, value, mask_name="attn_mask", **options)
 
 
@@ -93,14 +133,16 @@ def attention_call(
         ):
             check.absent(name, x, "jagged nested tensors (use varlen_attention)")
         return _jagged_call(query, key, value, **options)
+    plain = not torch.compiler.is_compiling() and check.plain(query, key, value) > 0
     return _call(
-        *_operands(query, key, value),
+        *((query, key, value) if plain else _operands(query, key, value)),
         query_lengths=query_lengths,
         key_lengths=key_lengths,
         return_lse=return_lse,
         return_weights=return_weights,
         mask=mask,
         bias=bias,
+        plain=plain,
         **options,
     )
 
@@ -135,7 +177,8 @@ def finish(call: Call, out: Tensor, lse: Tensor | None, weights: Tensor | None) 
         out = out.squeeze(0).transpose(0, 1)
     elif len(call.leading) != 2:  # [B, H, ...] came in and goes out as it is
         out = out.reshape(*call.leading, *out.shape[2:])
-    out = out.to(call.dtype)
+    if out.dtype is not call.dtype:
+        out = out.to(call.dtype)
     if call.jagged is not None:
         query = call.jagged
         sizes = {"min_seqlen": query._get_min_seqlen(), "max_seqlen": query._get_max_seqlen()}
@@ -175,9 +218,7 @@ def _autocast(x: Any, dtype: torch.dtype) -> Any:
     return x.to(dtype) if eligible else x
 
 
-def _score_shaped(
-    name: str, x: Any, query: Tensor, names: str, target: Sequence[int], batch: Sequence[int]
-) -> Tensor:
+def _score_shaped(name: str, x: Any, query: Tensor, names: str, target: Sequence[int], batch: Sequence[int]) -> Tensor:
     """A mask or bias as a 4-D tensor broadcastable to ``[B, H, T_q, T_k]``."""
     if isinstance(x, Tensor) and x.dtype is torch.bool and name != "bias":
         check.tensor(name, x)
@@ -190,9 +231,7 @@ def _score_shaped(
     return check.fold_score_shaped(x, batch, 3)
 
 
-def _lengths(name: str, x: Tensor | None, batch: Sequence[int]) -> Tensor | None:
-    if x is None:
-        return None
+def _lengths(name: str, x: Tensor, batch: Sequence[int]) -> Tensor:
     check.integers(name, x)
     check.broadcastable(name, x, "the batch dimensions [...]", batch)
     return x.to(torch.int64).expand(batch).reshape(-1).contiguous()
@@ -210,9 +249,7 @@ def _cu_seqlens(cu_q: Any, cu_k: Any) -> tuple[Tensor, Tensor]:
     return cu_q.to(torch.int64).contiguous(), cu_k.to(torch.int64).contiguous()
 
 
-def _alibi(x: Tensor | None, names: str, target: Sequence[int], real: torch.dtype) -> Tensor | None:
-    if x is None:
-        return None
+def _alibi(x: Tensor, names: str, target: Sequence[int], real: torch.dtype) -> Tensor:
     check.floating("alibi_slopes", x)
     if x.requires_grad:
         raise ValueError("alibi_slopes: has no gradient, got a tensor with requires_grad=True; use .detach() or a bias")
@@ -223,9 +260,7 @@ def _alibi(x: Tensor | None, names: str, target: Sequence[int], real: torch.dtyp
     return check.fold_score_shaped(x, target[:-1], 1)
 
 
-def _sink(x: Tensor | None, heads: int, real: torch.dtype) -> Tensor | None:
-    if x is None:
-        return None
+def _sink(x: Tensor, heads: int, real: torch.dtype) -> Tensor:
     check.floating("sink", x)
     if x.dim() != 1 or x.shape[0] != heads:
         raise ValueError(f"sink: expected [H] = [{heads}], got {check.shape_text(x.shape)}")
@@ -279,29 +314,35 @@ def _call(
     return_weights: bool | str = False,
     cu_seqlens: tuple[Tensor, Tensor] | None = None,
     mask_name: str = "mask",
+    plain: bool = False,
 ) -> Call:
-    """Check the rest of a call whose operands passed :func:`_operands`; packed operands come as ``[H, total, D]``."""
+    """Check the rest of a call whose operands passed :func:`_operands`; packed operands come as ``[H, total, D]``.
+
+    `plain`: they passed :func:`_validate.plain`, so their shapes need no second look.
+    """
+    # What is left out costs one comparison: the checks of a small problem must not take longer than the problem.
     check.choice("score", score, check.SCORES)
-    left, right = check.window_sizes(window)
-    code, mode = check.causal_code(causal), check.weights_mode(return_weights)
+    left, right = (-1, -1) if window is None else check.window_sizes(window)
+    code = 0 if causal is None else check.causal_code(causal)
+    mode = 0 if return_weights is False else check.weights_mode(return_weights)
     softcap, dropout_p = check.softcap(softcap), check.dropout(dropout_p)
     return_lse = check.flag("return_lse", return_lse)
     packed, matrix = cu_seqlens is not None, query.dim() == 2
-    if not packed:
+    if not (packed or plain):
         check.shapes(query, key, value)
     scale = default_scale(score, query.shape[-1]) if scale is None else check.number("scale", scale)
 
     if matrix:
         query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
-    named = [("query", query.shape[:-3]), ("key", key.shape[:-3]), ("value", value.shape[:-3])]
-    batch = check.broadcast(named, "batch dimensions [...]")
+    if plain:
+        batch: tuple[int, ...] = (query.shape[0],)
+    else:
+        named = [("query", query.shape[:-3]), ("key", key.shape[:-3]), ("value", value.shape[:-3])]
+        batch = check.broadcast(named, "batch dimensions [...]")
     heads, pairs = query.shape[-3], (query.shape[-2], key.shape[-2])
     dtype, real = query.dtype, real_dtype(query.dtype)
-    if matrix:
-        pattern, target = "[T_q, T_k]", pairs
-    else:
-        pattern = "[H, total_q, total_k]" if packed else "[..., H, T_q, T_k]"
-        target = (*batch, heads, *pairs)
+    pattern = "[T_q, T_k]" if matrix else "[H, total_q, total_k]" if packed else "[..., H, T_q, T_k]"
+    target = pairs if matrix else (*batch, heads, *pairs)
 
     boolean, biases = None, []
     if bias is not None:
@@ -313,27 +354,30 @@ def _call(
         else:
             biases.append(folded)  # the first free slot: the kernels look at the second only if the first is taken
     bias1, bias2 = (*biases, None, None)[:2]
-    samples = batch if cu_seqlens is None else (cu_seqlens[0].shape[0] - 1,)
-    alibi = _alibi(alibi_slopes, "[N, H]" if packed else "[..., H]", (*samples, heads), real)
     cu_q, cu_k = (None, None) if cu_seqlens is None else cu_seqlens
+    alibi = None
+    if alibi_slopes is not None:
+        samples = batch if cu_q is None else (cu_q.shape[0] - 1,)
+        alibi = _alibi(alibi_slopes, "[N, H]" if packed else "[..., H]", (*samples, heads), real)
     options = DotAttentionOptions(
-        mask=boolean,
-        query_lengths=_lengths("query_lengths", query_lengths, batch),
-        key_lengths=_lengths("key_lengths", key_lengths, batch),
-        cu_seqlens_q=cu_q,
-        cu_seqlens_k=cu_k,
-        alibi_slopes=alibi,
-        seed=draw_seed() if dropout_p > 0 else None,
-        scale=scale,
-        softcap=softcap,
-        dropout_p=dropout_p,
-        causal=code,
-        window_left=left,
-        window_right=right,
-        weights_mode=mode,
+        boolean,
+        None if query_lengths is None else _lengths("query_lengths", query_lengths, batch),
+        None if key_lengths is None else _lengths("key_lengths", key_lengths, batch),
+        cu_q,
+        cu_k,
+        alibi,
+        draw_seed() if dropout_p > 0 else None,
+        scale,
+        softcap,
+        dropout_p,
+        code,
+        left,
+        right,
+        mode,
     )
-    logit = _sink(sink, heads, real)
-    query, key, value = check.fold(query, batch), check.fold(key, batch), check.fold(value, batch)
+    logit = None if sink is None else _sink(sink, heads, real)
+    if not plain:
+        query, key, value = check.fold(query, batch), check.fold(key, batch), check.fold(value, batch)
     if score == "cosine":
         query, key = unit_vectors(query).to(dtype), unit_vectors(key).to(dtype)
     elif score == "l2":

@@ -106,7 +106,7 @@ def _visibility(options: Any, pos: _Positions, biases: Sequence[Tensor]) -> tupl
     """Visible pairs (None = all) and the signed distance ``q + off - k`` of each pair."""
     offset = pos.key_len - pos.query_len if options.causal == CAUSAL_CODES["bottom_right"] else 0
     distance = pos.query + offset - pos.key
-    rules = []
+    rules: list[Any] = []  # tensors; comparisons are typed as bool
     if pos.sequence_q is not None:
         rules.append(pos.sequence_q == pos.sequence_k)
     if options.query_lengths is not None:
@@ -122,7 +122,7 @@ def _visibility(options: Any, pos: _Positions, biases: Sequence[Tensor]) -> tupl
     if options.mask is not None:
         rules.append(options.mask)
     rules.extend(bias != -math.inf for bias in biases)
-    visible = None
+    visible: Tensor | None = None
     for rule in rules:
         visible = rule if visible is None else visible & rule
     return visible, distance
@@ -288,7 +288,7 @@ def attend(
         scores = scores + term
     weights, lse = _softmax(scores, visible, None if sink is None else sink.to(real))
     if options.dropout_p >= 1:
-        weights = torch.zeros_like(weights)
+        weights = weights.masked_fill(torch.ones((), dtype=torch.bool, device=weights.device), 0.0)  # keeps the graph
     elif options.dropout_p > 0:
         row = torch.arange(first_row, first_row + tokens_q, device=query.device).view(1, 1, tokens_q, 1)
         row = row + total_rows * torch.arange(b * h, device=query.device).view(b, h, 1, 1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -20,6 +21,7 @@ LENGTH_DTYPES = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, to
 SCORES = ("dot", "scaled_dot", "cosine", "l2")
 NORMALIZERS = ("softmax", "sparsemax", "entmax15", "sigmoid", "none", "hard", "hard_sample")
 CAUSAL_CODES = {"top_left": 1, "bottom_right": 2}
+LARGEST = sys.float_info.max
 _STRIDED = torch.strided
 _is_autocast_enabled = torch.is_autocast_enabled
 WEIGHTS_MODES = {"full": 1, "column_sum": 2, "row_max": 3}
@@ -38,6 +40,8 @@ def _dtype_text(dtype: torch.dtype) -> str:
 
 def tensor(name: str, x: Any) -> None:
     """A dense tensor on a device that has kernels."""
+    if type(x) is Tensor and x.layout is torch.strided and x.is_cpu and not (x.is_nested or x.is_quantized):
+        return
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
     if x.is_nested:
@@ -68,22 +72,32 @@ def operands(query: Tensor, key: Tensor, value: Tensor) -> None:
             raise TypeError(f"{name}: expected dtype {_dtype_text(query.dtype)} (query's), got {_dtype_text(x.dtype)}")
 
 
-def plain(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether three operands can go to the kernels exactly as they came: the short way for the ordinary call.
+def plain(query: Tensor, key: Tensor, value: Tensor) -> int:
+    """Head size D of three operands that can go to the kernels exactly as they came, else 0.
 
-    Kept to cheap attribute reads (about 1 us in all); what fails here is looked at again, and named, by the checks.
+    This is the short way of the ordinary call, kept to cheap attribute reads (about 1 us in all). What fails here is
+    looked at again, and named, by the checks.
     """
     try:
-        batch, heads, _, head_size = query.shape
-        key_batch, key_heads, key_tokens, key_size = key.shape
-        value_batch, value_heads, value_tokens, _ = value.shape
+        shape = query.shape
+        if key.shape == shape == value.shape:
+            _, _, _, head_size = shape
+        else:
+            batch, heads, _, head_size = shape
+            key_batch, key_heads, key_tokens, key_size = key.shape
+            value_batch, value_heads, value_tokens, _ = value.shape
+            if (
+                batch != key_batch
+                or batch != value_batch
+                or heads != key_heads
+                or heads != value_heads
+                or head_size != key_size
+                or key_tokens != value_tokens
+            ):
+                return 0
         dtype = query.dtype
-        return (
-            batch == key_batch == value_batch
-            and heads == key_heads == value_heads
-            and head_size == key_size
-            and key_tokens == value_tokens
-            and dtype in DTYPES
+        if (
+            dtype in DTYPES
             and dtype is key.dtype
             and dtype is value.dtype
             and query.layout is key.layout is value.layout is _STRIDED
@@ -94,9 +108,11 @@ def plain(query: Tensor, key: Tensor, value: Tensor) -> bool:
             and not key.is_neg()
             and not value.is_neg()
             and not _is_autocast_enabled("cpu")
-        )
+        ):
+            return head_size
     except (AttributeError, RuntimeError, TypeError, ValueError):  # no tensor, nested, another number of dimensions
-        return False
+        pass
+    return 0
 
 
 def score_bias(name: str, x: Any, query: Tensor) -> None:
@@ -119,6 +135,8 @@ def integers(name: str, x: Any, dtypes: frozenset[torch.dtype] = LENGTH_DTYPES) 
 
 
 def number(name: str, x: Any, expected: str = "a finite number") -> float:
+    if type(x) is float and -LARGEST <= x <= LARGEST:
+        return x
     if torch.compiler.is_compiling() and isinstance(x, float | int | torch.SymFloat | torch.SymInt):
         return x  # type: ignore[return-value]  # may be symbolic: what follows would need its value
     if isinstance(x, bool | Tensor) or not hasattr(x, "__float__"):
@@ -230,15 +248,15 @@ def ranks(query: Tensor, key: Tensor, value: Tensor, *, packed: bool = False) ->
     """Either all three are 2-D or all have a head dimension; packed operands have three dimensions."""
     rank = query.dim()
     for name, x in (("query", query), ("key", key), ("value", value)):
+        if (x.dim() == 3) if packed else (x.dim() >= 2 and (x.dim() == 2) == (rank == 2)):
+            continue  # texts are made for errors only: sizes may be symbolic
         expected, got = _pattern(name, rank, packed), shape_text(x.shape)
         if packed:
-            if x.dim() != 3:
-                raise ValueError(f"{name}: expected 3 dimensions {expected}, got {got}")
-        elif x.dim() < 2:
+            raise ValueError(f"{name}: expected 3 dimensions {expected}, got {got}")
+        if x.dim() < 2:
             both = f"{_pattern(name, 3, False)} or {_pattern(name, 2, False)}"
             raise ValueError(f"{name}: expected at least 2 dimensions {both}, got {got}")
-        elif (x.dim() == 2) != (rank == 2):
-            raise ValueError(f"{name}: expected {expected} as query has {rank} dimensions, got {got}")
+        raise ValueError(f"{name}: expected {expected} as query has {rank} dimensions, got {got}")
 
 
 def shapes(query: Tensor, key: Tensor, value: Tensor, *, packed: bool = False, equal_heads: bool = True) -> None:
@@ -268,6 +286,9 @@ def shapes(query: Tensor, key: Tensor, value: Tensor, *, packed: bool = False, e
 
 def broadcast(named: Sequence[tuple[str, Sequence[int]]], what: str) -> tuple[int, ...]:
     """The common shape of several right-aligned shapes, or an error that names the first that does not fit."""
+    first = named[0][1]
+    if all(shape == first for _, shape in named):
+        return tuple(first)
     result: list[int] = []
     for name, shape in named:
         result = [1] * (len(shape) - len(result)) + result

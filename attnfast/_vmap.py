@@ -105,7 +105,8 @@ def _rule(
 
 def _one_by_one(operator: Callable[..., Any], operands: list[Any], mapped: list[bool], size: int) -> tuple[Any, Any]:
     if size == 0:  # the results' shapes, from one made-up sample
-        sample = [arg.new_zeros(arg.shape[1:]) if is_mapped else arg for arg, is_mapped in zip(operands, mapped, strict=True)]
+        pairs = zip(operands, mapped, strict=True)
+        sample = [arg.new_zeros(arg.shape[1:]) if is_mapped else arg for arg, is_mapped in pairs]
         results = operator(*sample)
         return tuple(r.new_empty((0, *r.shape)) for r in results), (0,) * len(results)
     samples = [

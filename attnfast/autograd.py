@@ -5,14 +5,16 @@ One call of :func:`dot_attention` takes one of four routes, named by :func:`plan
 ``"kernel"``
     Eager, no gradient wanted: the kernel, called without torch's dispatcher.
 ``"function"``
-    Eager, gradient wanted: :class:`DotAttentionFunction` around the forward and backward kernels.
+    Eager, gradient wanted: :class:`DotAttentionFunction` (:class:`PlainFunction` for a call with nothing but scale and
+    causal alignment) around the forward and backward kernels.
 ``"operator"``
     ``torch.ops.attnfast.dot_attention_fwd``: under torch.compile, torch.export, a dispatch mode (FakeTensorMode,
-    FlopCounterMode, ...), for tensor subclasses, and under the functorch transforms ``vmap``, ``grad``/``vjp``/``jacrev``
-    and ``vmap`` over them. The same kernels run.
+    FlopCounterMode, ...), for tensor subclasses, and under the functorch transforms ``vmap``, ``grad``, ``vjp``,
+    ``jacrev`` and ``vmap`` over them. The same kernels run.
 ``"reference"``
     ``reference.dot_attention``, plain torch in ``O(T_q T_k)`` memory: forward-mode AD (dual tensors, ``jvp``,
-    ``jacfwd``, ``linearize``) and functorch transforms of second or higher order (``hessian``, ``grad`` of ``grad``).
+    ``jacfwd``, ``linearize``), functorch transforms of second or higher order (``hessian``, ``grad`` of ``grad``) and
+    functorch transforms inside of torch.compile.
     The kernels have no forward-mode derivative, and dropping a tangent silently is not an option.
 
 Second derivatives in eager mode (``create_graph=True``) need no other route: the backward operator has a derivative of
@@ -21,6 +23,7 @@ its own, see ``_second_order``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,16 +33,17 @@ from torch.autograd.function import Function
 
 from attnfast import _operator_autograd, _vmap, ops, reference
 from attnfast._operator_autograd import FORWARD, OperatorForward, has_tangent, run_backward
-from attnfast.ops import DotAttentionOptions
+from attnfast.ops import DotAttentionOptions, PlainOptions
 
 _is_compiling = torch.compiler.is_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch_active = torch._C._are_functorch_transforms_active
 _grad_enabled = torch.is_grad_enabled
 _run_forward = ops.dot_attention_fwd
-_run_backward = ops.dot_attention_bwd
+_run_backward: Any = ops.dot_attention_bwd
+_run_plain_forward = ops.plain_fwd
+_run_plain_backward = ops.plain_bwd
 _N_OPTION_TENSORS = ops.N_OPTION_TENSORS
-_NO_TENSORS = (None,) * _N_OPTION_TENSORS
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 
 
@@ -92,13 +96,7 @@ def dot_attention(
             or (bias is not None and (bias.requires_grad or (bias2 is not None and bias2.requires_grad)))
             or (sink is not None and sink.requires_grad)
         ):
-            if bias is None and sink is None:
-                result = _apply(query, key, value, options, return_lse)
-            else:
-                result = _apply(query, key, value, options, return_lse, bias, bias2, sink)
-            if type(result) is Tensor:
-                return result, None, None
-            out, lse, weights = result
+            out, lse, weights = _apply(query, key, value, bias, bias2, sink, options)
         else:
             out, lse, weights, _ = _run_forward(query, key, value, bias, bias2, sink, options, return_lse)
     except TypeError:
@@ -106,6 +104,27 @@ def dot_attention(
             raise
         return _unusual(query, key, value, bias, bias2, sink, options, return_lse)
     return out, (lse * ops.LN2 if return_lse else None), weights
+
+
+def plain_attention(query: Tensor, key: Tensor, value: Tensor, options: PlainOptions) -> Tensor:
+    """out of :func:`dot_attention` for a plain call, by the shortest way; not to be called while compiling."""
+    if (
+        _dispatch_modes()
+        or _functorch_active()
+        or forward_ad._current_level >= 0
+        or type(query) not in _PLAIN_TYPES
+        or type(key) not in _PLAIN_TYPES
+        or type(value) not in _PLAIN_TYPES
+    ):
+        return dot_attention(query, key, value, None, None, None, options, False)[0]
+    try:
+        if _grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+            return _apply_plain(query, key, value, options)
+        return _run_plain_forward(query, key, value, options, False)[0]
+    except TypeError:
+        if _all_have_storage(query, key, value):
+            raise
+        return dot_attention(query, key, value, None, None, None, options, False)[0]
 
 
 def plan(
@@ -123,18 +142,20 @@ def plan(
     str
         ``"kernel"``, ``"function"``, ``"operator"`` or ``"reference"``, as described at the top of this module.
     """
+    if _is_compiling():
+        return "reference" if _functorch_active() else "operator"  # dynamo cannot say which transforms are active
     tensors = [t for t in (query, key, value, bias, bias2, sink) if t is not None]
-    if _functorch_active() and not _is_compiling():
+    if _functorch_active():
         kinds = _functorch_kinds()
         return "reference" if "Jvp" in kinds or kinds.count("Grad") > 1 else "operator"
     if has_tangent(tensors):
         return "reference"
-    if _is_compiling() or _dispatch_modes() or any(type(t) not in _PLAIN_TYPES for t in (query, key, value)):
+    if _dispatch_modes() or any(type(t) not in _PLAIN_TYPES for t in tensors):
         return "operator"
     return "function" if _grad_enabled() and any(t.requires_grad for t in tensors) else "kernel"
 
 
-def _all_have_storage(*tensors: Tensor | None) -> bool:
+def _all_have_storage(*tensors: Any) -> bool:
     """False if a tensor is a wrapper that no check above can see cheaply, such as what a vmap inside of the autograd
     engine (``is_grads_batched``) passes; the dispatcher knows how to unwrap it.
     """
@@ -158,85 +179,104 @@ def _unusual(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Every route but the two eager ones."""
-    if not _is_compiling() and plan(query, key, value, bias, bias2, sink) == "reference":
+    if plan(query, key, value, bias, bias2, sink) == "reference":
         return reference.dot_attention(query, key, value, bias, bias2, sink, options, return_lse)
     # Under vmap alone the operator keeps derivatives of any order; a functorch gradient needs the Function around it.
-    differentiated = not _is_compiling() and _functorch_active() and "Grad" in _functorch_kinds()
+    differentiated = _functorch_active() and "Grad" in _functorch_kinds()
     operator = OperatorForward.apply if differentiated else FORWARD
     out, lse, weights, _ = operator(query, key, value, bias, bias2, sink, *options)
     return out, (lse * ops.LN2 if return_lse else None), (weights if options.weights_mode else None)
 
 
 class DotAttentionFunction(Function):
-    """The eager fast path: ``apply(query, key, value, options, return_lse[, bias, bias2, sink])``.
+    """The eager route with a gradient: ``apply(query, key, value, bias, bias2, sink, options)``.
 
-    Returns out alone, or ``(out, base-2 lse, weights or None)`` when more than out is asked for. Every argument and every
-    saved tensor costs time, hence the short form of both for a call without further tensors.
+    Returns out, base-2 lse and the weights or None.
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        bias: Tensor | None,
+        bias2: Tensor | None,
+        sink: Tensor | None,
         options: DotAttentionOptions,
-        return_lse: bool,
-        bias: Tensor | None = None,
-        bias2: Tensor | None = None,
-        sink: Tensor | None = None,
-    ) -> Any:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         out, lse, weights, index = _run_forward(query, key, value, bias, bias2, sink, options, True)
         ctx.set_materialize_grads(False)
         # Every tensor goes through save_for_backward, so that in-place changes are noticed and saved-tensor hooks run.
-        if bias is None and sink is None and options.mask is None and options[:_N_OPTION_TENSORS] == _NO_TENSORS:
-            ctx.save_for_backward(query, key, value, out, lse, *(() if weights is None else (weights, index)))
-            ctx.options = options
-        else:
-            tensors = (weights, index, bias, bias2, sink, *options[:_N_OPTION_TENSORS])
-            ctx.save_for_backward(query, key, value, out, lse, *tensors)
-            ctx.options = options[_N_OPTION_TENSORS:]
-        if return_lse or weights is not None:
-            return out, lse, weights
-        return out
+        ctx.save_for_backward(
+            query, key, value, out, lse, weights, index, bias, bias2, sink, *options[:_N_OPTION_TENSORS]
+        )
+        ctx.scalars = options[_N_OPTION_TENSORS:]
+        return out, lse, weights
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None = None, grad_weights: Tensor | None = None
+    def backward(
+        ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, grad_weights: Tensor | None
     ) -> tuple[Tensor | None, ...]:
+        # The kernel runs unless a second derivative is recorded or somebody intercepts.
         saved = ctx.saved_tensors
         if grad_out is None and grad_lse is None and grad_weights is None:
-            return (None,) * 8
-        query, key, value, out, lse = saved[:5]
-        needs = ctx.needs_input_grad
-        needs = needs[:3] + (needs[5:] or (False, False, False))
-        weights = index = bias = bias2 = sink = None
-        options = ctx.options
-        if len(saved) > 7:
-            weights, index, bias, bias2, sink, *tensors = saved[5:]
-            options = DotAttentionOptions._make((*tensors, *options))
-        elif len(saved) == 7:
-            weights, index = saved[5:]
+            return (None,) * 7
+        options = DotAttentionOptions._make((*saved[10:], *ctx.scalars))
+        arguments = (grad_out, grad_lse, grad_weights, *saved[:10])
+        needs = ctx.needs_input_grad[:6]
         if not (_grad_enabled() or _dispatch_modes() or _functorch_active() or _is_compiling()):
             try:
-                grads = _run_backward(
-                    grad_out, grad_lse, grad_weights, query, key, value, out, lse, weights, index, bias, bias2, sink,
-                    options, needs,
-                )  # fmt: skip
-                return (*grads[:3], None, None, *grads[3:])
+                return (*_run_backward(*arguments, options, needs), None)
             except TypeError:
                 if _all_have_storage(grad_out, grad_lse, grad_weights):
                     raise
-        weights, index = ops.fill_weights(query, weights, index)
-        grads = run_backward(
-            grad_out, grad_lse, grad_weights, query, key, value, out, lse, weights, index, bias, bias2, sink, needs,
-            *options,
-        )  # fmt: skip
-        return (*grads[:3], None, None, *grads[3:])
+        return (*_unusual_backward(arguments, options, needs), None)
 
 
-# Function.apply without its Python wrapper, whose cases (functorch) dot_attention has already sent elsewhere.
-_apply = super(Function, DotAttentionFunction).apply
+class PlainFunction(Function):
+    """:class:`DotAttentionFunction` of a plain call: ``apply(query, key, value, options)`` returns out.
+
+    Every argument, every saved tensor and every result of an autograd.Function costs time, so that the common call has
+    one of its own.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, options: PlainOptions) -> Tensor:
+        out, lse = _run_plain_forward(query, key, value, options, True)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.options = options
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, lse = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        if not (_grad_enabled() or _dispatch_modes() or _functorch_active() or _is_compiling()):
+            try:
+                return (*_run_plain_backward(grad_out, query, key, value, out, lse, ctx.options, needs), None)
+            except TypeError:
+                if _all_have_storage(grad_out):
+                    raise
+        arguments = (grad_out, None, None, query, key, value, out, lse, None, None, None, None, None)
+        return (*_unusual_backward(arguments, ctx.options, (*needs[:3], False, False, False))[:3], None)
+
+
+def _unusual_backward(
+    arguments: tuple[Tensor | None, ...], options: DotAttentionOptions, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    grad_out, grad_lse, grad_weights, query, key, value, out, lse, weights, index, bias, bias2, sink = arguments
+    assert query is not None
+    weights, index = ops.fill_weights(query, weights, index)
+    return run_backward(
+        grad_out, grad_lse, grad_weights, query, key, value, out, lse, weights, index, bias, bias2, sink, needs,
+        *options,
+    )  # fmt: skip
+
+
+# Function.apply without its Python wrapper, whose cases (functorch) were sent elsewhere before.
+_apply: Any = super(Function, DotAttentionFunction).apply
+_apply_plain: Any = super(Function, PlainFunction).apply
 
 
 _operator_autograd.register(ops.LIBRARY)

@@ -105,10 +105,9 @@ def _kernel(tensors: list[Any], options: DotAttentionOptions) -> list[str]:
     if alibi is not None:
         rows = shape[0] if options.cu_seqlens_q is None else options.cu_seqlens_q.shape[0] - 1
         alibi = alibi.expand(rows, shape[1])
-    obstacle = _C.dot_attention_decode_obstacle(
-        query.detach(), key.detach(), value.detach(), mask, _detached(bias), _detached(bias2), *options[1:5], alibi,
-        _detached(sink), *options[6:13],
-    )  # fmt: skip
+    biases = (_detached(bias), _detached(bias2))
+    modifiers: list[Any] = [mask, *biases, *options[1:5], alibi, _detached(sink), *options[6:13]]
+    obstacle = _C.dot_attention_decode_obstacle(query.detach(), key.detach(), value.detach(), *modifiers)
     name = "decode kernel (streams keys and values once)" if obstacle is None else "tile kernel"
     if options.cu_seqlens_q is not None:
         name = "tile kernel over packed sequences"

@@ -13,23 +13,23 @@ from torch import Tensor
 
 from attnfast import _prepare, _validate
 from attnfast._prepare import Call
-from attnfast.autograd import dot_attention
-from attnfast.ops import DotAttentionOptions
+from attnfast.autograd import dot_attention, plain_attention
+from attnfast.ops import PlainOptions
 from attnfast.reference import AttentionOutput
 
 __all__ = ["AttentionOutput", "attention", "scaled_dot_product_attention", "varlen_attention"]
 
+_plain = _validate.plain
 _is_compiling = torch.compiler.is_compiling  # a global costs half of what two attribute look-ups do
-# Options of plain calls by (D, causal code): building the tuple anew would cost as much as all checks together.
-_PLAIN_OPTIONS: dict[tuple[int, int], DotAttentionOptions] = {}
+# Options of plain calls by (D, is_causal or causal): building the tuple anew would cost as much as all checks together.
+_PLAIN_OPTIONS: dict[tuple[int, bool | str | None], PlainOptions] = {}
 
 
-def _plain_options(head_size: int, causal: int) -> DotAttentionOptions:
-    options = _PLAIN_OPTIONS.get((head_size, causal))
-    if options is None:
-        options = DotAttentionOptions(scale=_prepare.default_scale("scaled_dot", head_size), causal=causal)
-        if len(_PLAIN_OPTIONS) < 4096:
-            _PLAIN_OPTIONS[head_size, causal] = options
+def _new_options(head_size: int, causal: bool | str | None) -> PlainOptions:
+    code = int(causal) if isinstance(causal, bool) else _validate.causal_code(causal)
+    options = PlainOptions(scale=_prepare.default_scale("scaled_dot", head_size), causal=code)
+    if len(_PLAIN_OPTIONS) < 4096:
+        _PLAIN_OPTIONS[head_size, causal] = options
     return options
 
 
@@ -96,16 +96,15 @@ def scaled_dot_product_attention(
     >>> attnfast.scaled_dot_product_attention(q, k, v, is_causal=True).shape
     torch.Size([2, 8, 128, 64])
     """
-    if (
-        attn_mask is None
-        and scale is None
-        and dropout_p == 0.0
-        and (is_causal is False or is_causal is True)
-        and not _is_compiling()  # first: what comes next cannot be traced
-        and _validate.plain(query, key, value)
-    ):
-        options = _plain_options(query.shape[3], is_causal)
-        return dot_attention(query, key, value, None, None, None, options, False)[0]
+    if dropout_p == 0.0 and (is_causal is False or is_causal is True) and not _is_compiling():
+        head_size = _plain(query, key, value)  # not to be traced
+        if head_size and attn_mask is None and scale is None:
+            options = _PLAIN_OPTIONS.get((head_size, is_causal)) or _new_options(head_size, is_causal)
+            return plain_attention(query, key, value, options)
+        call = _prepare.short_sdpa_call(query, key, value, attn_mask, is_causal, scale, head_size)
+        if call is not None:
+            out = dot_attention(*call)[0]
+            return out if head_size else out.squeeze(0)
     return _run(_prepare.sdpa_call(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa))
 
 
@@ -139,10 +138,10 @@ def attention(
         w_{qk} = e^{s_{qk} - lse_q} \\
         out_q &= \sum_{k \text{ visible}} \mathrm{dropout}(w_{qk})\, value_k
 
-    with :math:`\mathrm{cap}(s) = softcap \tanh(s / softcap)`. All masks compose: a key is visible if `causal`, `window`,
-    the lengths and a boolean `mask` all allow it and no bias is -inf there. A masked key is selected out: NaN or Inf in it
-    reaches neither output nor gradient. A row that sees nothing has output 0, weights 0, lse -inf (with a sink: the
-    sink) and zero gradients.
+    with :math:`\mathrm{cap}(s) = softcap \tanh(s / softcap)`. All masks compose: a key is visible if `causal`,
+    `window`, the lengths and a boolean `mask` all allow it and no bias is -inf there. A masked key is selected out: NaN
+    or Inf in it reaches neither output nor gradient. A row that sees nothing has output 0, weights 0, lse -inf (with a
+    sink: the sink) and zero gradients.
 
     Parameters
     ----------
@@ -223,7 +222,7 @@ def attention(
         and normalizer == "softmax"
         and mask is None
         and bias is None
-        and causal is None
+        and (causal is None or causal == "top_left" or causal == "bottom_right")
         and window is None
         and query_lengths is None
         and key_lengths is None
@@ -236,9 +235,10 @@ def attention(
         and dropout_p == 0.0
         and softcap == 0.0
         and not _is_compiling()  # first: what comes next cannot be traced
-        and _validate.plain(query, key, value)
+        and (head_size := _plain(query, key, value))
     ):
-        return dot_attention(query, key, value, None, None, None, _plain_options(query.shape[3], 0), False)[0]
+        options = _PLAIN_OPTIONS.get((head_size, causal)) or _new_options(head_size, causal)
+        return plain_attention(query, key, value, options)
     return _run(
         _prepare.attention_call(
             query,

@@ -5,68 +5,52 @@ preparation of ``delta_shift``. Each operator exists twice: as a Python function
 dispatcher round trip costs more than the binding itself), and as a ``torch.library`` operator that everything which
 traces, transforms or intercepts goes through. Both run the same function.
 
-Conventions shared by both operators: ``query [B, H, T_q, D]``, ``key [B, H_kv, T_k, D]``, ``value [B, H_kv, T_k, D_v]``,
-``mask``/``bias``/``bias2`` 4-D and broadcastable to ``[B, H, T_q, T_k]``, ``sink [H]``, ``alibi_slopes`` 2-D and
-broadcastable to ``[B, H]`` (``[N, H]`` for packed input of N sequences). ``lse`` is the **base-2** log-sum-exp.
+Conventions shared by both operators: ``query [B, H, T_q, D]``, ``key [B, H_kv, T_k, D]``,
+``value [B, H_kv, T_k, D_v]``, ``mask``/``bias``/``bias2`` 4-D and broadcastable to ``[B, H, T_q, T_k]``, ``sink [H]``,
+``alibi_slopes`` 2-D and broadcastable to ``[B, H]`` (``[N, H]`` for packed input of N sequences). ``lse`` is the
+**base-2** log-sum-exp.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnfast._ext import _C
+from attnfast._options import (
+    N_OPTION_TENSORS,
+    WEIGHTS_COLUMN_SUM,
+    WEIGHTS_FULL,
+    WEIGHTS_NONE,
+    WEIGHTS_ROW_MAX,
+    DotAttentionOptions,
+    PlainOptions,
+)
 
-WEIGHTS_NONE, WEIGHTS_FULL, WEIGHTS_COLUMN_SUM, WEIGHTS_ROW_MAX = range(4)
+__all__ = [
+    "N_BWD_TENSORS",
+    "N_FWD_TENSORS",
+    "N_OPTION_TENSORS",
+    "WEIGHTS_COLUMN_SUM",
+    "WEIGHTS_FULL",
+    "WEIGHTS_NONE",
+    "WEIGHTS_ROW_MAX",
+    "DotAttentionOptions",
+    "PlainOptions",
+    "dot_attention_bwd",
+    "dot_attention_fwd",
+    "draw_seed",
+    "plain_bwd",
+    "plain_fwd",
+]
+
 LN2 = math.log(2.0)
-
-
-class DotAttentionOptions(NamedTuple):
-    """Everything of one call that is neither one of the six differentiable tensors nor an output.
-
-    Attributes
-    ----------
-    mask : Tensor, optional
-        Boolean, 4-D, broadcastable to ``[B, H, T_q, T_k]``; True = may attend.
-    query_lengths, key_lengths : Tensor, optional
-        int64 ``[B]``.
-    cu_seqlens_q, cu_seqlens_k : Tensor, optional
-        int64 ``[N + 1]``; both or neither. Packed input: B is 1 and the token axes hold N sequences one after another.
-    alibi_slopes : Tensor, optional
-        Accumulation dtype, 2-D, broadcastable to ``[B, H]``.
-    seed : Tensor, optional
-        int64 ``[2]`` = (seed, offset); required when ``dropout_p > 0``.
-    scale, softcap, dropout_p : float
-        ``softcap`` 0 is off.
-    causal : int
-        0 none, 1 top-left, 2 bottom-right.
-    window_left, window_right : int
-        -1 is unbounded.
-    weights_mode : int
-        ``WEIGHTS_NONE``, ``WEIGHTS_FULL``, ``WEIGHTS_COLUMN_SUM`` or ``WEIGHTS_ROW_MAX``.
-    """
-
-    mask: Tensor | None = None
-    query_lengths: Tensor | None = None
-    key_lengths: Tensor | None = None
-    cu_seqlens_q: Tensor | None = None
-    cu_seqlens_k: Tensor | None = None
-    alibi_slopes: Tensor | None = None
-    seed: Tensor | None = None
-    scale: float = 1.0
-    softcap: float = 0.0
-    dropout_p: float = 0.0
-    causal: int = 0
-    window_left: int = -1
-    window_right: int = -1
-    weights_mode: int = WEIGHTS_NONE
-
-
-DEFAULT_OPTIONS = DotAttentionOptions()
+N_FWD_TENSORS = 6  # query, key, value, bias, bias2, sink
+N_BWD_TENSORS = 14  # grad_out ... sink, needs
 
 
 def draw_seed() -> Tensor:
@@ -77,6 +61,9 @@ def draw_seed() -> Tensor:
 # The dtype that a kernel accumulates in, and that lse has.
 _REAL = {torch.float64: torch.float64, torch.float32: torch.float32}
 _empty_like = torch.empty_like
+_forward: Any = _C.dot_attention_fwd
+_backward: Any = _C.dot_attention_bwd
+_num_threads = torch.get_num_threads
 
 
 def _real(dtype: torch.dtype) -> torch.dtype:
@@ -103,8 +90,8 @@ def _allocate_weights(query: Tensor, key: Tensor, mode: int, packed: bool) -> tu
     if mode == WEIGHTS_COLUMN_SUM:
         return query.new_zeros((batch, heads, key.size(2)), dtype=_real(query.dtype)), None
     if mode == WEIGHTS_ROW_MAX:
-        shape = (batch, heads, query_tokens)
-        return query.new_empty(shape, dtype=_real(query.dtype)), query.new_empty(shape, dtype=torch.int64)
+        rows = (batch, heads, query_tokens)
+        return query.new_empty(rows, dtype=_real(query.dtype)), query.new_empty(rows, dtype=torch.int64)
     return None, None
 
 
@@ -158,6 +145,35 @@ def dot_attention_fwd(
         alibi, sink, seed, scale, softcap, dropout_p, causal, window_left, window_right,
     )  # fmt: skip
     return out, lse, weights, index
+
+
+def plain_fwd(
+    query: Tensor, key: Tensor, value: Tensor, options: PlainOptions, need_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`dot_attention_fwd` of a plain call: out and lse."""
+    batch, heads, rows, head_size = query.shape
+    value_size = value.shape[3]
+    out = _empty_like(query) if value_size == head_size else query.new_empty(batch, heads, rows, value_size)
+    lse = query.new_empty(batch, heads, rows, dtype=_REAL.get(query.dtype, torch.float32)) if need_lse else None
+    _forward(query, key, value, out, lse, *options.forward_tail)
+    return out, lse
+
+
+def plain_bwd(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, options: PlainOptions,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """:func:`dot_attention_bwd` of a plain call: the gradients of query, key and value."""
+    if grad_out.is_neg():
+        grad_out = grad_out.resolve_neg()
+    grad_query = _empty_like(query) if needs[0] else None
+    grad_key = _empty_like(key) if needs[1] else None
+    grad_value = _empty_like(value) if needs[2] else None
+    _backward(
+        grad_out, query, key, value, out, lse, None, None, None, WEIGHTS_NONE, None,
+        grad_query, grad_key, grad_value, *options.backward_tail, _num_threads(),
+    )  # fmt: skip
+    return grad_query, grad_key, grad_value
 
 
 def dot_attention_bwd(
@@ -216,10 +232,10 @@ def dot_attention_bwd(
     if alibi is not None:
         alibi = alibi.expand(_alibi_rows(query, options), query.size(1))
     _C.dot_attention_bwd(
-        grad_out, query, key, value, out, lse, _empty_like(lse), grad_weights, index, mode, shift,
+        grad_out, query, key, value, out, lse, None, grad_weights, index, mode, shift,
         grad_query, grad_key, grad_value, full_grad, full_grad2, grad_sink,
         mask, full_bias, full_bias2, query_lengths, key_lengths, cu_q, cu_k, alibi, sink, seed,
-        scale, softcap, dropout_p, causal, window_left, window_right, torch.get_num_threads(),
+        scale, softcap, dropout_p, causal, window_left, window_right, _num_threads(),
     )  # fmt: skip
     if grad_bias is not None and bias is not None:
         grad_bias = grad_bias.to(bias.dtype)
@@ -308,10 +324,6 @@ LIBRARY.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
-N_FWD_TENSORS = 6  # query, key, value, bias, bias2, sink
-N_BWD_TENSORS = 14  # grad_out ... sink, needs
-N_OPTION_TENSORS = 7  # mask ... seed
-
 
 def _nothing(like: Tensor, dtype: torch.dtype) -> Tensor:
     """An operator cannot return None: what was not asked for is an empty tensor."""
@@ -332,8 +344,8 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 def _options(args: Sequence[Any]) -> DotAttentionOptions:
     """The options of an operator call, vectors contiguous as the binary wants them (a batching rule slices them)."""
     mask, query_lengths, key_lengths, cu_q, cu_k, alibi, seed, *scalars = args
-    vectors = (_contiguous(x) for x in (query_lengths, key_lengths, cu_q, cu_k))
-    return DotAttentionOptions(mask, *vectors, alibi, _contiguous(seed), *scalars)
+    vectors = [_contiguous(x) for x in (query_lengths, key_lengths, cu_q, cu_k)]
+    return DotAttentionOptions._make((mask, *vectors, alibi, _contiguous(seed), *scalars))
 
 
 def _fwd_op(*args):  # type: ignore[no-untyped-def]

@@ -91,8 +91,8 @@ def interleave(samplers: dict[str, Sampler], settings: Settings) -> Timing:
     once = {name: samplers[name](1) for name in names}
     # A second look with a longer sample: one call of a microsecond says little.
     for name in names:
-        calls = calls_per_sample(once[name], settings.sample_s)
-        once[name] = samplers[name](calls) / calls
+        longer = calls_per_sample(once[name], settings.sample_s)
+        once[name] = samplers[name](longer) / longer
     calls = {name: calls_per_sample(once[name], settings.sample_s) for name in names}
     rounds = rounds_for(sum(once[name] * calls[name] for name in names), settings)
     samples: dict[str, list[float]] = {name: [] for name in names}

@@ -82,7 +82,6 @@ def _suite_table(suite: str, rows: list[Row]) -> Table:
     if wide:
         table.add_column("of sgemm", justify="right")
         table.add_column("MiB ours/sdpa", justify="right")
-    if suite != "overhead":
         table.add_column("error ours/sdpa", justify="right", no_wrap=True)
     last = ""
     for (_, case, which, threads), group in grouped(rows).items():
@@ -106,7 +105,6 @@ def _suite_table(suite: str, rows: list[Row]) -> Table:
         if wide:
             cells.append(_number(ours.of_sgemm, "{:.2f}"))
             cells.append(_pair(ours.peak_extra_mib, sdpa and sdpa.peak_extra_mib, "{:.1f}"))
-        if suite != "overhead":
             cells.append(_pair(ours.error, sdpa and sdpa.error, "{:.0e}"))
         table.add_row(*cells)
         last = case
@@ -260,8 +258,8 @@ def markdown_table(rows: list[Row]) -> str:
             )
         lines.append("")
     for row in rows:
-        if row.suite == "model" and row.peer == OURS:
-            lines.append(f"Digits model, {row.threads} threads: {row.note}.")
+        if row.suite == "model" and row.peer != TORCH:
+            lines.append(f"- digits model, {row.peer}, {row.threads} threads: {row.note}")
     return "\n".join(lines).rstrip()
 
 

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <initializer_list>
 #include <limits>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -423,7 +424,7 @@ void dot_attention_bwd(const py::args& items) {
   const TensorView value = args.tensor("value");
   const TensorView out = args.tensor("out");
   const TensorView lse = args.tensor("lse");
-  const TensorView delta = args.tensor("delta");
+  const TensorView delta = args.optional_tensor("delta");
   const TensorView grad_weights = args.optional_tensor("grad_weights");
   const TensorView weights_index = args.optional_tensor("weights_index");
   const int64_t weights_mode = args.integer("weights_mode");
@@ -446,8 +447,15 @@ void dot_attention_bwd(const py::args& items) {
   params.out = tensor4(out);
   call.check_rows_buffer(lse, call.real);
   params.lse = lse.data;
-  call.check_rows_buffer(delta, call.real);
-  params.delta = delta.data;
+  // A workspace nobody else reads: for a small problem, a tensor for it would cost as much as the kernel.
+  std::unique_ptr<double[]> own_delta;
+  if (delta) {
+    call.check_rows_buffer(delta, call.real);
+    params.delta = delta.data;
+  } else {
+    own_delta.reset(new double[static_cast<size_t>(call.rows_batch * params.heads * params.query_tokens)]);
+    params.delta = own_delta.get();
+  }
   if (delta_shift) {
     call.check_rows_buffer(delta_shift, call.real);
     params.delta_shift = delta_shift.data;

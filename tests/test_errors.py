@@ -65,8 +65,16 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "query-bool": (attention(q(dtype=torch.bool)), TypeError, r"query: expected dtype .*got bool"),
     "query-complex": (attention(q(dtype=torch.complex64)), TypeError, r"query: expected dtype .*got complex64"),
     "query-float8": (attention(q().to(torch.float8_e4m3fn)), TypeError, r"query: expected dtype .*got float8_e4m3fn"),
-    "key-dtype": (attention(q(), k(dtype=torch.float64)), TypeError, r"key: expected dtype float32 \(query's\), got float64"),
-    "value-dtype": (attention(q(), k(), v(dtype=torch.float16)), TypeError, r"value: expected dtype float32 .*got float16"),
+    "key-dtype": (
+        attention(q(), k(dtype=torch.float64)),
+        TypeError,
+        r"key: expected dtype float32 \(query's\), got float64",
+    ),
+    "value-dtype": (
+        attention(q(), k(), v(dtype=torch.float16)),
+        TypeError,
+        r"value: expected dtype float32 .*got float16",
+    ),
     "sdpa-value-dtype": (sdpa(q(), q(), q().bfloat16()), TypeError, r"value: expected dtype float32 .*got bfloat16"),
     "query-sparse": (attention(q().to_sparse()), TypeError, r"query: expected a dense .*got layout torch\.sparse_coo"),
     "key-sparse": (sdpa(q(), q().to_sparse(), q()), TypeError, r"key: expected a dense .*got layout torch\.sparse_coo"),
@@ -76,79 +84,186 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "query-meta": (attention(q(device="meta")), ValueError, r"query: .*cpu tensors only, got a tensor on meta"),
     "key-meta": (attention(q(), k(device="meta")), ValueError, r"key: .*cpu tensors only, got a tensor on meta"),
     "all-meta": (
-        sdpa(q(device="meta"), q(device="meta"), q(device="meta")), ValueError, r"query: .*got a tensor on meta"),
+        sdpa(q(device="meta"), q(device="meta"), q(device="meta")),
+        ValueError,
+        r"query: .*got a tensor on meta",
+    ),
     "mask-meta": (attention(mask=torch.ones(TQ, TK, dtype=torch.bool, device="meta")), ValueError, r"mask: .*on meta"),
     "nested-key-only": (attention(q(), jagged(), v()), TypeError, r"key: a nested tensor .*all are jagged"),
     "nested-strided": (
         lambda: attnfast.attention(*[torch.nested.nested_tensor([q(H, 3, D)], layout=torch.strided)] * 3),
-        TypeError, r"query: nested tensors need layout=torch\.jagged"),
+        TypeError,
+        r"query: nested tensors need layout=torch\.jagged",
+    ),
     "nested-mask": (
-        lambda: attnfast.scaled_dot_product_attention(*[jagged()] * 3, attn_mask=q(4, 4)), ValueError, r"attn_mask: .*jagged"),
+        lambda: attnfast.scaled_dot_product_attention(*[jagged()] * 3, attn_mask=q(4, 4)),
+        ValueError,
+        r"attn_mask: .*jagged",
+    ),
     "nested-lengths": (
-        lambda: attnfast.attention(*[jagged()] * 3, key_lengths=LENGTHS), ValueError, r"key_lengths: .*varlen_attention"),
+        lambda: attnfast.attention(*[jagged()] * 3, key_lengths=LENGTHS),
+        ValueError,
+        r"key_lengths: .*varlen_attention",
+    ),
     "nested-untransposed": (
-        lambda: attnfast.attention(*[jagged().transpose(1, 2)] * 3), ValueError, r"query: .*transposing \[B, j, H, D\]"),
+        lambda: attnfast.attention(*[jagged().transpose(1, 2)] * 3),
+        ValueError,
+        r"query: .*transposing \[B, j, H, D\]",
+    ),
     # shapes of the operands
     "query-0d": (attention(q(1).sum()), ValueError, r"query: expected at least 2 dimensions .*T_q, D.*got \[\]"),
     "query-1d": (attention(q(D)), ValueError, r"query: expected at least 2 dimensions .*got \[8\]"),
     "query-2d-key-4d": (attention(q(TQ, D)), ValueError, r"key: expected \[T_k, D\] as query has 2 dimensions, got"),
-    "value-2d": (attention(q(), k(), v(TK, DV)), ValueError, r"value: expected \[\.\.\., H_kv, T_k, D_v\] .*got \[6, 3\]"),
+    "value-2d": (
+        attention(q(), k(), v(TK, DV)),
+        ValueError,
+        r"value: expected \[\.\.\., H_kv, T_k, D_v\] .*got \[6, 3\]",
+    ),
     "sdpa-key-1d": (sdpa(q(TQ, D), q(D), q(TK, D)), ValueError, r"key: expected at least 2 dimensions"),
     "sdpa-key-2d": (sdpa(q(), q(TK, D), q(TK, D)), ValueError, r"key: expected .*H_kv, T_k, D\] as query has 4"),
-    "key-head-size": (attention(q(), k(B, HKV, TK, D + 1)), ValueError, r"key: expected .*D = 8 \(query's\), got \[2, 2, 6, 9\]"),
+    "key-head-size": (
+        attention(q(), k(B, HKV, TK, D + 1)),
+        ValueError,
+        r"key: expected .*D = 8 \(query's\), got \[2, 2, 6, 9\]",
+    ),
     "sdpa-head-size": (sdpa(q(), q(B, H, TK, 7), q()), ValueError, r"key: expected .*D = 8 \(query's\)"),
     "value-tokens": (attention(q(), k(), v(B, HKV, 7, DV)), ValueError, r"value: expected .*T_k = 6 \(key's\), got"),
     "sdpa-value-tokens": (sdpa(q(), q(), q(B, H, 7, D)), ValueError, r"value: expected .*T_k = 5 \(key's\)"),
     "value-heads": (attention(q(), k(), v(B, 1, TK, DV)), ValueError, r"value: expected .*H_kv = 2 \(key's\)"),
     "heads-not-dividing": (
-        attention(q(), k(B, 3, TK, D), v(B, 3, TK, DV)), ValueError, r"key: expected .*H_kv dividing H = 4 \(query's\)"),
+        attention(q(), k(B, 3, TK, D), v(B, 3, TK, DV)),
+        ValueError,
+        r"key: expected .*H_kv dividing H = 4 \(query's\)",
+    ),
     "heads-more-than-query": (attention(q(B, 1, TQ, D)), ValueError, r"key: expected .*H_kv dividing H = 1"),
     "heads-none": (attention(q(), k(B, 0, TK, D), v(B, 0, TK, DV)), ValueError, r"key: expected .*H_kv dividing H = 4"),
-    "sdpa-gqa-off": (sdpa(q(), k(), v()), ValueError, r"key: expected leading dimensions .*enable_gqa=True.*got \[2, 2\]"),
+    "sdpa-gqa-off": (
+        sdpa(q(), k(), v()),
+        ValueError,
+        r"key: expected leading dimensions .*enable_gqa=True.*got \[2, 2\]",
+    ),
     "sdpa-gqa-not-dividing": (
-        sdpa(q(), q(B, 3, TK, D), q(B, 3, TK, D), enable_gqa=True), ValueError, r"key: expected .*H_kv dividing H = 4"),
+        sdpa(q(), q(B, 3, TK, D), q(B, 3, TK, D), enable_gqa=True),
+        ValueError,
+        r"key: expected .*H_kv dividing H = 4",
+    ),
     "sdpa-gqa-value": (
-        sdpa(q(), q(B, 2, TK, D), q(B, 3, TK, D), enable_gqa=True), ValueError, r"value: expected .*H_kv dividing H = 4"),
-    "batch": (attention(q(), k(3, HKV, TK, D)), ValueError, r"key: expected batch dimensions .*broadcastable to \[2\], got \[3\]"),
+        sdpa(q(), q(B, 2, TK, D), q(B, 3, TK, D), enable_gqa=True),
+        ValueError,
+        r"value: expected .*H_kv dividing H = 4",
+    ),
+    "batch": (
+        attention(q(), k(3, HKV, TK, D)),
+        ValueError,
+        r"key: expected batch dimensions .*broadcastable to \[2\], got \[3\]",
+    ),
     "value-batch": (
-        attention(q(3, 2, H, TQ, D), k(), v(4, 2, HKV, TK, DV)), ValueError, r"value: expected batch dimensions .*\[3, 2\], got \[4, 2\]"),
+        attention(q(3, 2, H, TQ, D), k(), v(4, 2, HKV, TK, DV)),
+        ValueError,
+        r"value: expected batch dimensions .*\[3, 2\], got \[4, 2\]",
+    ),
     "sdpa-batch": (sdpa(q(), q(3, H, TK, D), q(3, H, TK, D)), ValueError, r"key: expected leading dimensions"),
     # masks and biases
     "mask-list": (attention(mask=[[True]]), TypeError, r"mask: expected a torch\.Tensor, got list"),
-    "mask-integer": (attention(mask=torch.ones(TQ, TK, dtype=torch.int64)), TypeError, r"mask: expected dtype bool, float32, got int64"),
-    "mask-uint8": (attention(mask=torch.ones(TQ, TK, dtype=torch.uint8)), TypeError, r"mask: expected dtype bool.*got uint8"),
+    "mask-integer": (
+        attention(mask=torch.ones(TQ, TK, dtype=torch.int64)),
+        TypeError,
+        r"mask: expected dtype bool, float32, got int64",
+    ),
+    "mask-uint8": (
+        attention(mask=torch.ones(TQ, TK, dtype=torch.uint8)),
+        TypeError,
+        r"mask: expected dtype bool.*got uint8",
+    ),
     "sdpa-mask-integer": (
-        sdpa(attn_mask=torch.ones(TQ, TK, dtype=torch.int32)), TypeError, r"attn_mask: expected dtype bool.*got int32"),
+        sdpa(attn_mask=torch.ones(TQ, TK, dtype=torch.int32)),
+        TypeError,
+        r"attn_mask: expected dtype bool.*got int32",
+    ),
     "mask-float64": (attention(mask=q(TQ, TK, dtype=torch.float64)), TypeError, r"mask: expected dtype .*got float64"),
     "mask-shape": (
-        attention(mask=torch.ones(TK, TQ, dtype=torch.bool)), ValueError,
-        r"mask: expected a shape broadcastable to \[\.\.\., H, T_q, T_k\] = \[2, 4, 5, 6\], got \[6, 5\]"),
-    "mask-rank": (attention(mask=torch.ones(1, 1, 1, TQ, TK, dtype=torch.bool)), ValueError, r"mask: .*got \[1, 1, 1, 5, 6\]"),
+        attention(mask=torch.ones(TK, TQ, dtype=torch.bool)),
+        ValueError,
+        r"mask: expected a shape broadcastable to \[\.\.\., H, T_q, T_k\] = \[2, 4, 5, 6\], got \[6, 5\]",
+    ),
+    "mask-rank": (
+        attention(mask=torch.ones(1, 1, 1, TQ, TK, dtype=torch.bool)),
+        ValueError,
+        r"mask: .*got \[1, 1, 1, 5, 6\]",
+    ),
     "mask-2d-rank": (
-        attention(q(TQ, D), k(TK, D), v(TK, DV), mask=torch.ones(1, TQ, TK, dtype=torch.bool)), ValueError,
-        r"mask: expected a shape broadcastable to \[T_q, T_k\] = \[5, 6\]"),
-    "sdpa-mask-shape": (sdpa(attn_mask=q(3, 1, TQ, TK)), ValueError, r"attn_mask: .*\[2, 4, 5, 6\], got \[3, 1, 5, 6\]"),
+        attention(q(TQ, D), k(TK, D), v(TK, DV), mask=torch.ones(1, TQ, TK, dtype=torch.bool)),
+        ValueError,
+        r"mask: expected a shape broadcastable to \[T_q, T_k\] = \[5, 6\]",
+    ),
+    "sdpa-mask-shape": (
+        sdpa(attn_mask=q(3, 1, TQ, TK)),
+        ValueError,
+        r"attn_mask: .*\[2, 4, 5, 6\], got \[3, 1, 5, 6\]",
+    ),
     "mask-sparse": (attention(mask=q(TQ, TK).to_sparse()), TypeError, r"mask: expected a dense"),
-    "bias-bool": (attention(bias=torch.ones(TQ, TK, dtype=torch.bool)), TypeError, r"bias: expected dtype float32, got bool"),
+    "bias-bool": (
+        attention(bias=torch.ones(TQ, TK, dtype=torch.bool)),
+        TypeError,
+        r"bias: expected dtype float32, got bool",
+    ),
     "bias-shape": (attention(bias=q(3, TQ, TK)), ValueError, r"bias: .*\[2, 4, 5, 6\], got \[3, 5, 6\]"),
     "bias-number": (attention(bias=1.0), TypeError, r"bias: expected a torch\.Tensor, got float"),
     # lengths
     "key-lengths-list": (attention(key_lengths=[1, 2]), TypeError, r"key_lengths: expected a torch\.Tensor, got list"),
-    "key-lengths-float": (attention(key_lengths=LENGTHS.float()), TypeError, r"key_lengths: expected an integer tensor"),
-    "query-lengths-bool": (attention(query_lengths=LENGTHS.bool()), TypeError, r"query_lengths: expected an integer tensor"),
+    "key-lengths-float": (
+        attention(key_lengths=LENGTHS.float()),
+        TypeError,
+        r"key_lengths: expected an integer tensor",
+    ),
+    "query-lengths-bool": (
+        attention(query_lengths=LENGTHS.bool()),
+        TypeError,
+        r"query_lengths: expected an integer tensor",
+    ),
     "key-lengths-shape": (
-        attention(key_lengths=torch.tensor([1, 2, 3])), ValueError, r"key_lengths: .*batch dimensions \[\.\.\.\] = \[2\], got \[3\]"),
-    "query-lengths-rank": (attention(query_lengths=LENGTHS[None]), ValueError, r"query_lengths: .*= \[2\], got \[1, 2\]"),
-    "key-lengths-large": (attention(key_lengths=torch.tensor([7, 2])), ValueError, r"key_lengths: .*T_k = 6.*got 7 at index 0"),
-    "key-lengths-negative": (attention(key_lengths=torch.tensor([2, -1])), ValueError, r"key_lengths: .*got -1 at index 1"),
+        attention(key_lengths=torch.tensor([1, 2, 3])),
+        ValueError,
+        r"key_lengths: .*batch dimensions \[\.\.\.\] = \[2\], got \[3\]",
+    ),
+    "query-lengths-rank": (
+        attention(query_lengths=LENGTHS[None]),
+        ValueError,
+        r"query_lengths: .*= \[2\], got \[1, 2\]",
+    ),
+    "key-lengths-large": (
+        attention(key_lengths=torch.tensor([7, 2])),
+        ValueError,
+        r"key_lengths: .*T_k = 6.*got 7 at index 0",
+    ),
+    "key-lengths-negative": (
+        attention(key_lengths=torch.tensor([2, -1])),
+        ValueError,
+        r"key_lengths: .*got -1 at index 1",
+    ),
     "query-lengths-large": (
-        attention(query_lengths=torch.tensor([1, 6])), ValueError, r"query_lengths: .*T_q = 5.*got 6 at index 1"),
-    "key-lengths-huge": (attention(key_lengths=torch.tensor([2**62, 1])), ValueError, r"key_lengths: .*got 4611686018427387904"),
+        attention(query_lengths=torch.tensor([1, 6])),
+        ValueError,
+        r"query_lengths: .*T_q = 5.*got 6 at index 1",
+    ),
+    "key-lengths-huge": (
+        attention(key_lengths=torch.tensor([2**62, 1])),
+        ValueError,
+        r"key_lengths: .*got 4611686018427387904",
+    ),
     # per-head parameters
     "alibi-shape": (attention(alibi_slopes=torch.ones(3)), ValueError, r"alibi_slopes: .*= \[2, 4\], got \[3\]"),
     "alibi-0d": (attention(alibi_slopes=torch.tensor(1.0)), ValueError, r"alibi_slopes: expected \[H\]"),
-    "alibi-integer": (attention(alibi_slopes=torch.ones(H).long()), TypeError, r"alibi_slopes: expected dtype .*got int64"),
-    "alibi-grad": (attention(alibi_slopes=torch.ones(H).requires_grad_()), ValueError, r"alibi_slopes: has no gradient"),
+    "alibi-integer": (
+        attention(alibi_slopes=torch.ones(H).long()),
+        TypeError,
+        r"alibi_slopes: expected dtype .*got int64",
+    ),
+    "alibi-grad": (
+        attention(alibi_slopes=torch.ones(H).requires_grad_()),
+        ValueError,
+        r"alibi_slopes: has no gradient",
+    ),
     "sink-shape": (attention(sink=torch.ones(HKV)), ValueError, r"sink: expected \[H\] = \[4\], got \[2\]"),
     "sink-rank": (attention(sink=torch.ones(1, H)), ValueError, r"sink: expected \[H\] = \[4\], got \[1, 4\]"),
     "sink-integer": (attention(sink=torch.ones(H).int()), TypeError, r"sink: expected dtype .*got int32"),
@@ -161,7 +276,11 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "softcap-negative": (attention(softcap=-1.0), ValueError, r"softcap: expected a finite number >= 0"),
     "softcap-nan": (attention(softcap=NAN), ValueError, r"softcap: expected a finite number >= 0"),
     "softcap-none": (attention(softcap=None), TypeError, r"softcap: expected a finite number >= 0.*got NoneType"),
-    "dropout-negative": (attention(dropout_p=-0.1), ValueError, r"dropout_p: expected a probability in \[0, 1\], got -0\.1"),
+    "dropout-negative": (
+        attention(dropout_p=-0.1),
+        ValueError,
+        r"dropout_p: expected a probability in \[0, 1\], got -0\.1",
+    ),
     "dropout-large": (sdpa(dropout_p=1.5), ValueError, r"dropout_p: expected a probability in \[0, 1\], got 1\.5"),
     "dropout-nan": (sdpa(dropout_p=NAN), ValueError, r"dropout_p: expected a probability"),
     "dropout-bool": (attention(dropout_p=True), TypeError, r"dropout_p: expected a probability .*got bool"),
@@ -171,30 +290,66 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "window-right": (attention(window=(0, -5)), ValueError, r"window: expected right >= -1"),
     "window-float": (attention(window=(1.5, 0)), TypeError, r"window: expected an integer left"),
     "window-huge": (attention(window=(0, 2**63)), ValueError, r"window: expected right .*below 2\^63"),
-    "causal-true": (attention(causal=True), TypeError, r"causal: expected None, 'top_left' or 'bottom_right', got True"),
+    "causal-true": (
+        attention(causal=True),
+        TypeError,
+        r"causal: expected None, 'top_left' or 'bottom_right', got True",
+    ),
     "causal-name": (attention(causal="left"), ValueError, r"causal: expected None, 'top_left' or 'bottom_right'"),
     "is-causal-text": (sdpa(is_causal="yes"), TypeError, r"is_causal: expected True or False, got 'yes'"),
     "enable-gqa-int": (sdpa(q(), k(), v(), enable_gqa=1), TypeError, r"enable_gqa: expected True or False, got 1"),
-    "score-name": (attention(score="additive"), ValueError, r"score: expected one of 'dot', 'scaled_dot', 'cosine', 'l2'"),
+    "score-name": (
+        attention(score="additive"),
+        ValueError,
+        r"score: expected one of 'dot', 'scaled_dot', 'cosine', 'l2'",
+    ),
     "score-none": (attention(score=None), TypeError, r"score: expected one of"),
     "normalizer-name": (attention(normalizer="relu"), ValueError, r"normalizer: expected one of 'softmax'"),
-    "normalizer-sparsemax": (attention(normalizer="sparsemax"), NotImplementedError, r"normalizer: 'sparsemax' has no fused"),
+    "normalizer-sparsemax": (
+        attention(normalizer="sparsemax"),
+        NotImplementedError,
+        r"normalizer: 'sparsemax' has no fused",
+    ),
     "prior": (attention(prior=torch.ones(1)), NotImplementedError, r"prior: .*no fused kernel yet"),
     "return-lse-text": (attention(return_lse="yes"), TypeError, r"return_lse: expected True or False"),
-    "return-weights-name": (attention(return_weights="max"), ValueError, r"return_weights: expected False, True, 'full'"),
+    "return-weights-name": (
+        attention(return_weights="max"),
+        ValueError,
+        r"return_weights: expected False, True, 'full'",
+    ),
     "return-weights-int": (attention(return_weights=1), TypeError, r"return_weights: expected False, True"),
     "unknown-keyword": (attention(attn_mask=None), TypeError, r"attn_mask"),
     # packed sequences
-    "varlen-rank": (varlen(q(), k(), v()), ValueError, r"query: expected 3 dimensions \[total_q, H, D\], got \[2, 4, 5, 8\]"),
-    "varlen-value-rank": (varlen(q(5, H, D), k(6, HKV, D), v(6, DV)), ValueError, r"value: expected 3 dimensions \[total_k"),
+    "varlen-rank": (
+        varlen(q(), k(), v()),
+        ValueError,
+        r"query: expected 3 dimensions \[total_q, H, D\], got \[2, 4, 5, 8\]",
+    ),
+    "varlen-value-rank": (
+        varlen(q(5, H, D), k(6, HKV, D), v(6, DV)),
+        ValueError,
+        r"value: expected 3 dimensions \[total_k",
+    ),
     "varlen-head-size": (varlen(q(5, H, D), k(6, HKV, 7), v(6, HKV, DV)), ValueError, r"key: expected .*D = 8"),
     "varlen-tokens": (varlen(q(5, H, D), k(6, HKV, D), v(7, HKV, DV)), ValueError, r"value: expected .*total_k = 6"),
     "varlen-heads": (varlen(q(5, H, D), k(6, 3, D), v(6, 3, DV)), ValueError, r"key: expected .*H_kv dividing H = 4"),
     "varlen-cu-list": (varlen(cu_q=[0, 5]), TypeError, r"cu_seqlens_q: expected a torch\.Tensor, got list"),
     "varlen-cu-float": (varlen(cu_k=torch.tensor([0.0, 6.0])), TypeError, r"cu_seqlens_k: expected an integer tensor"),
-    "varlen-cu-int16": (varlen(cu_k=torch.tensor([0, 6], dtype=torch.int16)), TypeError, r"cu_seqlens_k: .*int32, int64"),
-    "varlen-cu-rank": (varlen(cu_q=torch.tensor([[0, 5]])), ValueError, r"cu_seqlens_q: expected 1 dimension \[N \+ 1\]"),
-    "varlen-cu-empty": (varlen(cu_q=torch.tensor([], dtype=torch.int64)), ValueError, r"cu_seqlens_q: expected 1 dimension"),
+    "varlen-cu-int16": (
+        varlen(cu_k=torch.tensor([0, 6], dtype=torch.int16)),
+        TypeError,
+        r"cu_seqlens_k: .*int32, int64",
+    ),
+    "varlen-cu-rank": (
+        varlen(cu_q=torch.tensor([[0, 5]])),
+        ValueError,
+        r"cu_seqlens_q: expected 1 dimension \[N \+ 1\]",
+    ),
+    "varlen-cu-empty": (
+        varlen(cu_q=torch.tensor([], dtype=torch.int64)),
+        ValueError,
+        r"cu_seqlens_q: expected 1 dimension",
+    ),
     "varlen-cu-count": (varlen(cu_k=(0, 6)), ValueError, r"cu_seqlens_k: expected \[N \+ 1\] = \[3\].*got \[2\]"),
     "varlen-cu-start": (varlen(cu_q=(1, 2, 5)), ValueError, r"cu_seqlens_q: .*first value to be 0, got 1"),
     "varlen-cu-decreasing": (varlen(cu_k=(0, 7, 6)), ValueError, r"cu_seqlens_k: .*nondecreasing.*got 6 after 7"),
@@ -203,10 +358,14 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "varlen-cu-beyond": (varlen(cu_k=(0, 2, 60)), ValueError, r"cu_seqlens_k: .*last value to be T_k = 6, got 60"),
     "varlen-max-float": (varlen(longest=(5.5, 6)), TypeError, r"max_seqlen_q: expected an integer >= 0, got float"),
     "varlen-max-negative": (varlen(longest=(5, -1)), ValueError, r"max_seqlen_k: expected an integer >= 0, got -1"),
-    "varlen-alibi": (varlen(alibi_slopes=torch.ones(3, H)), ValueError, r"alibi_slopes: .*\[N, H\] = \[2, 4\], got \[3, 4\]"),
+    "varlen-alibi": (
+        varlen(alibi_slopes=torch.ones(3, H)),
+        ValueError,
+        r"alibi_slopes: .*\[N, H\] = \[2, 4\], got \[3, 4\]",
+    ),
     "varlen-mask": (varlen(mask=torch.ones(6, 5).bool()), ValueError, r"mask: .*\[H, total_q, total_k\] = \[4, 5, 6\]"),
     "varlen-lengths": (varlen(key_lengths=LENGTHS), TypeError, r"key_lengths"),
-}  # fmt: skip
+}
 
 
 def test_the_table_is_long_enough() -> None:
@@ -234,7 +393,7 @@ def test_unsupported_device_in_a_default_device_context() -> None:
     """What is made under torch.device("meta") cannot be run, and says so."""
     with torch.device("meta"):
         tensors = [torch.zeros(1, 2, 3, 4) for _ in range(3)]
-    with pytest.raises(ValueError, match="query: .*meta"):
+    with pytest.raises(ValueError, match=r"query: .*meta"):
         attnfast.scaled_dot_product_attention(*tensors)
 
 
@@ -250,15 +409,17 @@ def test_explain_refuses_what_the_call_refuses() -> None:
 
 # --- the binary itself ----------------------------------------------------------------------------------------------
 
-FORWARD = (
-    "query key value out lse weights weights_index weights_mode mask bias bias2 query_lengths key_lengths cu_seqlens_q "
-    "cu_seqlens_k alibi_slopes sink seed scale softcap dropout_p causal window_left window_right"
-).split()
-BACKWARD = (
-    "grad_out query key value out lse delta grad_weights weights_index weights_mode delta_shift grad_query grad_key "
-    "grad_value grad_bias grad_bias2 grad_sink mask bias bias2 query_lengths key_lengths cu_seqlens_q cu_seqlens_k "
-    "alibi_slopes sink seed scale softcap dropout_p causal window_left window_right threads"
-).split()
+FORWARD = [
+    "query", "key", "value", "out", "lse", "weights", "weights_index", "weights_mode", "mask", "bias", "bias2",
+    "query_lengths", "key_lengths", "cu_seqlens_q", "cu_seqlens_k", "alibi_slopes", "sink", "seed", "scale",
+    "softcap", "dropout_p", "causal", "window_left", "window_right",
+]  # fmt: skip
+BACKWARD = [
+    "grad_out", "query", "key", "value", "out", "lse", "delta", "grad_weights", "weights_index", "weights_mode",
+    "delta_shift", "grad_query", "grad_key", "grad_value", "grad_bias", "grad_bias2", "grad_sink", "mask", "bias",
+    "bias2", "query_lengths", "key_lengths", "cu_seqlens_q", "cu_seqlens_k", "alibi_slopes", "sink", "seed",
+    "scale", "softcap", "dropout_p", "causal", "window_left", "window_right", "threads",
+]  # fmt: skip
 
 
 def arguments(names: list[str], packed: bool = False) -> dict[str, Any]:
@@ -286,7 +447,7 @@ MISUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "query-number": ({"query": 3}, TypeError, "query"),
     "query-3d": ({"query": q(H, TQ, D)}, ValueError, "query"),
     "query-int": ({"query": q(dtype=INT)}, TypeError, "query"),
-    "query-complex": ({"query": q(dtype=torch.complex64)}, (TypeError), "query"),
+    "query-complex": ({"query": q(dtype=torch.complex64)}, TypeError, "query"),
     "query-sparse": ({"query": q().to_sparse()}, TypeError, "query"),
     "query-meta": ({"query": q(device="meta")}, TypeError, "query"),
     "key-none": ({"key": None}, TypeError, "key"),
@@ -334,7 +495,7 @@ MISUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "causal-text": ({"causal": "top_left"}, TypeError, "causal"),
     "window-range": ({"window_left": -2}, ValueError, "window_left"),
     "window-overflow": ({"window_right": 2**70}, (ValueError, OverflowError, TypeError), "window_right|int|large"),
-}  # fmt: skip
+}
 PACKED_MISUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "start": ({"cu_seqlens_q": torch.tensor([1, 2, TQ])}, ValueError, "cu_seqlens_q"),
     "decreasing": ({"cu_seqlens_k": torch.tensor([0, 9, TK])}, ValueError, "cu_seqlens_k"),
@@ -363,9 +524,12 @@ BACKWARD_MISUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "grad-weights-missing": ({"weights_mode": 1}, ValueError, "grad_weights"),
     "index-missing": ({"weights_mode": 3, "grad_weights": q(B, H, TQ)}, ValueError, "weights_index"),
     "index-dtype": (
-        {"weights_mode": 3, "grad_weights": q(B, H, TQ), "weights_index": q(B, H, TQ)}, TypeError, "weights_index"),
+        {"weights_mode": 3, "grad_weights": q(B, H, TQ), "weights_index": q(B, H, TQ)},
+        TypeError,
+        "weights_index",
+    ),
     "threads-zero": ({"threads": 0}, ValueError, "threads"),
-}  # fmt: skip
+}
 
 
 def test_the_right_calls_are_right() -> None:

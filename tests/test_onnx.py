@@ -58,7 +58,7 @@ def run_node(attention: Any, node: Any, inputs: dict[str, Tensor | None]) -> dic
         first = past.shape[2]
         key, value = torch.cat([past, key], 2), torch.cat([inputs["past_value"], value], 2)
     present = {"present_key": key, "present_value": value}
-    T_q, T_k = query.shape[2], key.shape[2]
+    T_k = key.shape[2]
     if mask is not None and mask.shape[-1] < T_k:
         fill = False if mask.dtype == torch.bool else float("-inf")
         mask = torch.nn.functional.pad(mask, (0, T_k - mask.shape[-1]), value=fill)
@@ -178,7 +178,8 @@ def test_adapter_can_fail() -> None:
         (node,) = case.model.graph.node
         formal = ["Q", "K", "V", "attn_mask", "past_key", "past_value", "nonpad_kv_seqlen"]
         inputs = {formal[i]: None for i in range(7)}
-        inputs.update(zip([formal[i] for i, n in enumerate(node.input) if n], (to_torch(np.asarray(x)) for x in arrays)))
+        places = [formal[i] for i, n in enumerate(node.input) if n]
+        inputs.update(zip(places, (to_torch(np.asarray(x)) for x in arrays)))
         output = run_node(wrong, node, inputs)["Y"]
         want = to_torch(np.asarray(expected[0]))
         failures += not torch.allclose(output.float(), want.float(), rtol=1e-3, atol=1e-5)

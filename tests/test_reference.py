@@ -60,7 +60,7 @@ def naive(
     seed: tuple[int, int] = (0, 0),
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """out, lse and applied weights of ``[B, H, T, D]`` operands, row by row."""
-    (b_n, h_n, tq_n, d_n), (_, hk_n, tk_n, _) = query.shape, key.shape
+    (b_n, h_n, tq_n, _), (_, hk_n, tk_n, _) = query.shape, key.shape
     out = torch.zeros(b_n, h_n, tq_n, value.shape[3], dtype=F64)
     lse = torch.full((b_n, h_n, tq_n), -INF, dtype=F64)
     weights = torch.zeros(b_n, h_n, tq_n, tk_n, dtype=F64)
@@ -391,7 +391,9 @@ def poison_problem() -> tuple[list[Tensor], dict[str, Any]]:
 
 @pytest.mark.parametrize("poison", POISONS)
 @pytest.mark.parametrize("target", ["key", "value", "query"])
-@pytest.mark.parametrize("options", [{}, {"softcap": 1.0}, {"score": "cosine"}, {"score": "l2"}, {"scale": 0.0}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"softcap": 1.0}, {"score": "cosine"}, {"score": "l2"}, {"scale": 0.0}], ids=str
+)
 @pytest.mark.parametrize("order", [1, 2, "functorch"])
 def test_hidden_rows_never_leak(poison: float, target: str, options: dict[str, Any], order: int | str) -> None:
     (q, k, v), masks = poison_problem()
@@ -440,13 +442,55 @@ def test_a_key_hidden_from_some_rows_reaches_only_the_others(poison: float, targ
     assert second[..., [0, 2], :].isfinite().all()
 
 
-def test_nan_in_what_is_visible_propagates() -> None:
-    q, k, v = operands(1, 1, 1, 3, 4, 2, 2)
-    for tensor in (q, k, v):
-        original = tensor.clone()
-        tensor[0, 0, 1, 0] = NAN
-        assert reference.attention(q, k, v, causal="bottom_right").isnan().any()
-        tensor.copy_(original)
+@pytest.mark.parametrize("score", ["scaled_dot", "cosine", "l2"])
+def test_nan_in_what_is_visible_propagates(score: str) -> None:
+    for target in range(3):
+        tensors = operands(1, 1, 1, 3, 4, 2, 2)
+        tensors[target][0, 0, 1, 0] = NAN
+        for t in tensors:
+            t.requires_grad_()
+        out = reference.attention(*tensors, score=score, causal="bottom_right")
+        assert out.isnan().any()
+        grads = torch.autograd.grad(out.sum(), tensors)
+        assert grads[0].isnan().any()
+
+
+def test_a_row_that_sees_nan_still_gives_hidden_keys_no_weight() -> None:
+    q, k, v = operands(1, 1, 1, 2, 3, 2, 2)
+    k[0, 0, 0, 0] = NAN
+    weights = reference.attention(q, k, v, causal="top_left", return_weights=True).weights
+    assert weights[0, 0, 0, 1:].eq(0).all()
+
+
+def test_nan_behind_an_infinite_bias_is_hidden() -> None:
+    q, k, v = operands(1, 2, 2, 3, 4, 2, 2)
+    bias = torch.zeros(3, 4, dtype=F64)
+    bias[:, 1] = -INF
+    clean = reference.attention(q, k, v, bias=bias)
+    k[..., 1, :], v[..., 1, :] = NAN, NAN
+    tensors = [t.requires_grad_() for t in (q, k, v, bias)]
+    out = reference.attention(q, k, v, bias=bias)
+    torch.testing.assert_close(out, clean)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(out.square().sum(), tensors))
+
+
+def test_an_incoming_nan_gradient_stops_at_a_row_that_saw_nothing() -> None:
+    tensors = [t.requires_grad_() for t in operands(1, 2, 2, 3, 4, 2, 2)]
+    mask = torch.ones(3, 4, dtype=torch.bool)
+    mask[1] = False
+    out = reference.attention(*tensors, mask=mask)
+    incoming = torch.ones_like(out)
+    incoming[:, :, 1] = NAN
+    assert all(g.isfinite().all() for g in torch.autograd.grad(out, tensors, incoming))
+
+
+def test_a_hidden_score_that_overflows_does_not_leak_through_the_cap() -> None:
+    q = torch.tensor([[1e300, 1e300]], dtype=F64)[None, None].requires_grad_()
+    k = torch.tensor([[1e-300, 0.0], [1e300, -1e300]], dtype=F64)[None, None].requires_grad_()
+    v = torch.ones(1, 1, 2, 1, dtype=F64)
+    out = reference.attention(q, k, v, causal="top_left", softcap=1.0, return_lse=True).lse
+    assert out.isfinite().all()
+    assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), (q, k)))
 
 
 # --- other faces ----------------------------------------------------------------------------------------------------
@@ -479,14 +523,18 @@ def test_packed_dropout_counts_keys_from_each_sequence() -> None:
     q, k, v = rand(6, 2, 3), rand(6, 2, 3, seed=1), rand(6, 2, 3, seed=2)
     cu = torch.tensor([0, 1, 6])
     seed = (99, 5)
-    got = reference.varlen_attention(q, k, v, cu, cu, 5, 5, dropout_p=0.5, dropout_seed=torch.tensor(seed), return_weights=True)
+    got = reference.varlen_attention(
+        q, k, v, cu, cu, 5, 5, dropout_p=0.5, dropout_seed=torch.tensor(seed), return_weights=True
+    )
     for h, row in itertools.product(range(2), range(1, 6)):
         keep = [kept(seed, 0.5, h * 6 + row, j) for j in range(5)]
         assert got.weights[h, row, 1:].ne(0).tolist() == keep
 
 
 @pytest.mark.parametrize("rank", [2, 3, 4, 5])
-@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"attn_mask": "bool"}, {"attn_mask": "float", "scale": 0.3}])
+@pytest.mark.parametrize(
+    "options", [{}, {"is_causal": True}, {"attn_mask": "bool"}, {"attn_mask": "float", "scale": 0.3}]
+)
 def test_sdpa_matches_torch(rank: int, options: dict[str, Any]) -> None:
     batch = (2, 1, 3)[: rank - 2]
     q, k, v = rand(*batch, 5, 4), rand(*batch, 7, 4, seed=1), rand(*batch, 7, 3, seed=2)
@@ -500,9 +548,7 @@ def test_sdpa_matches_torch(rank: int, options: dict[str, Any]) -> None:
 
 def test_sdpa_broadcasts_and_groups_as_torch() -> None:
     q, k, v = rand(2, 1, 4, 5, 3), rand(3, 1, 6, 3), rand(1, 3, 4, 6, 3)
-    torch.testing.assert_close(
-        reference.scaled_dot_product_attention(q, k, v), F.scaled_dot_product_attention(q, k, v)
-    )
+    torch.testing.assert_close(reference.scaled_dot_product_attention(q, k, v), F.scaled_dot_product_attention(q, k, v))
     q, k, v = rand(2, 6, 5, 3), rand(2, 2, 6, 3), rand(2, 2, 6, 3, seed=1)
     torch.testing.assert_close(
         reference.scaled_dot_product_attention(q, k, v, enable_gqa=True),

@@ -114,9 +114,7 @@ def test_s16_functorch(route: Any, case: str) -> None:
 def test_s16_vmap_in_dims(route: Any) -> None:
     query, key, value = problem(3, 2, 4, 5, 8).values()
     want = route.attention(query, key[:1], value, causal="top_left")
-    have = torch.func.vmap(
-        lambda q, v: route.attention(q, key[0], v, causal="top_left"), in_dims=(0, 0)
-    )(query, value)
+    have = torch.func.vmap(lambda q, v: route.attention(q, key[0], v, causal="top_left"), in_dims=(0, 0))(query, value)
     torch.testing.assert_close(have, want)
     moved = torch.func.vmap(lambda q, k, v: route.attention(q, k, v), in_dims=(2, None, 0), out_dims=1)(
         query.movedim(0, 2), key[0], value

@@ -58,7 +58,9 @@ def test_s09_all_64_bits_of_the_seed(backend: Any, seed: tuple[int, int]) -> Non
     assert torch.equal(run.weights > 0, keep_of(seed, shape, 0.5))
 
 
-@pytest.mark.parametrize("options", [{"mask": True}, {"sink": True, "softcap": 2.0}, {"bias": True, "window": (20, 5)}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"mask": True}, {"sink": True, "softcap": 2.0}, {"bias": True, "window": (20, 5)}], ids=str
+)
 def test_s09_with_other_options(backend: Any, dtype: torch.dtype, options: dict[str, Any]) -> None:
     seed, shape = SEEDS[2], PATHS["tiles"]
     makers = {

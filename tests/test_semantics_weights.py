@@ -120,7 +120,9 @@ def test_s14_masked_rows_and_columns_are_zero(backend: Any, dtype: torch.dtype, 
 
 @pytest.mark.parametrize("which,T_q", [("full", 5), ("column_sum", 5), ("row_max", 5), ("column_sum", 1)])
 @pytest.mark.parametrize("layout", ["expanded", "transposed"])
-def test_s14_strides_of_the_weights_gradient(backend: Any, dtype: torch.dtype, which: str, T_q: int, layout: str) -> None:
+def test_s14_strides_of_the_weights_gradient(
+    backend: Any, dtype: torch.dtype, which: str, T_q: int, layout: str
+) -> None:
     x = leaves(problem(2, 2, T_q, 70, 8, dtype=dtype))
     weights = backend.attention(*x.values(), return_weights=which).weights
     if layout == "expanded":

@@ -9,12 +9,12 @@ namespace attnfast {
 
 // One sequence of the batch: where its tokens start and how many of them are valid.
 struct Sequence {
-  int64_t batch;                 // its number in the batch, packed or not
-  int64_t tensor_batch;          // index into the batch dimension of the tensors (0 for packed input)
+  int64_t batch;                   // its number in the batch, packed or not
+  int64_t tensor_batch;            // index into the batch dimension of the tensors (0 for packed input)
   int64_t query_begin, key_begin;  // first token of the sequence in the tensors
-  int64_t query_rows;            // rows to write, valid or not
-  int64_t queries, keys;         // valid rows and keys
-  int64_t offset;                // alignment: row q lines up with key q + offset
+  int64_t query_rows;              // rows to write, valid or not
+  int64_t queries, keys;           // valid rows and keys
+  int64_t offset;                  // alignment: row q lines up with key q + offset
 };
 
 ATTNFAST_HD Sequence sequence_of(const DotAttentionParams& p, int64_t b) {

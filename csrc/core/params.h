@@ -58,14 +58,14 @@ struct DotAttentionParams {
   int64_t* weights_index = nullptr;  // contiguous [B, H, T_q]: argument of the row maximum (-1: nothing visible)
 
   // Backward only. A null pointer means "not wanted".
-  Tensor4 grad_out;                     // [B, H, T_q, D_v]
-  Tensor4 grad_weights;                 // laid out as `weights`, any strides
-  const void* delta_shift = nullptr;    // Real, contiguous [B, H, T_q], added to rowsum(grad_out * out)
-  void* delta = nullptr;                // Real, contiguous [B, H, T_q], written
+  Tensor4 grad_out;                   // [B, H, T_q, D_v]
+  Tensor4 grad_weights;               // laid out as `weights`, any strides
+  const void* delta_shift = nullptr;  // Real, contiguous [B, H, T_q], added to rowsum(grad_out * out)
+  void* delta = nullptr;              // Real, contiguous [B, H, T_q], written
   Tensor4 grad_query, grad_key, grad_value;
-  Tensor4 grad_bias[2];                 // Real, zero-filled, broadcast like bias: stride 0 dimensions are summed
-  void* grad_sink = nullptr;            // Real, contiguous [H]
-  int32_t threads = 1;                  // torch.get_num_threads(): chooses the schedule, never the result
+  Tensor4 grad_bias[2];       // Real, zero-filled, broadcast like bias: stride 0 dimensions are summed
+  void* grad_sink = nullptr;  // Real, contiguous [H]
+  int32_t threads = 1;        // torch.get_num_threads(): chooses the schedule, never the result
 };
 
 }  // namespace attnfast

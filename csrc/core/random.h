@@ -1,5 +1,6 @@
 // Counter-based random numbers for dropout: Philox 4x32 with seven rounds (Salmon, Moraes, Dror, Shaw 2011).
-// A draw depends on (seed, offset, row, column) alone, so forward and backward agree whatever the tiling or the threads.
+// A draw depends on (seed, offset, row, column) alone, so forward and backward agree whatever the tiling or the
+// threads.
 #pragma once
 
 #include "host_device.h"

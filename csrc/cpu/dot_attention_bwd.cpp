@@ -74,8 +74,8 @@ GradPanel<R> load_panel(const Backward<R>& f, const HeadContext& c, int64_t q0, 
   R* minus_lse = s.minus_lse + slot * W;
   R* minus_delta = s.minus_delta + slot * W;
   GradPanel<R> panel;
-  panel.queries = get_rows<R>(p.query, c.query_offset(p.query, q0), nq, p.head_size, true,
-                              s.queries + slot * W * f.depth_pad);
+  panel.queries =
+      get_rows<R>(p.query, c.query_offset(p.query, q0), nq, p.head_size, true, s.queries + slot * W * f.depth_pad);
   panel.grad_out = get_rows<R>(p.grad_out, c.query_offset(p.grad_out, q0), nq, p.value_size, true,
                                s.grad_out + slot * W * f.value_pad);
   pack_transposed<R>(panel.queries, nq, p.head_size, packed, R(p.scale * kLog2e));
@@ -95,10 +95,7 @@ void weight_gradient_tile(const HeadContext& c, const ScoreTile<R>& tile, R* row
   constexpr int W = kPanel<R>;
   const DotAttentionParams& p = *c.p;
   if (p.weights_mode != WeightsMode::kRowMax) {
-    ScoreTile<R> global = tile;  // the tensor is indexed by packed token, the tile by token of the sequence
-    global.q0 += c.s.query_begin;
-    global.k0 += c.s.key_begin;
-    load_tile_transposed<R>(p.grad_weights, c.s.tensor_batch, c.h, global, rows, extra);
+    load_tile_transposed<R>(p.grad_weights, c, tile, rows, extra);
     return;
   }
   for (int i = 0; i < tile.nk * W; i += kLanes<R>) store(extra + i, Vec<R>{});
@@ -114,8 +111,9 @@ void weight_gradient_tile(const HeadContext& c, const ScoreTile<R>& tile, R* row
 // Fills S with grad_scale * dS and P with the applied probabilities of one tile. through_cap: dS with respect to the
 // score before the soft cap (for queries and keys), else after it (for a bias, which is added there).
 template <class R>
-__attribute__((noinline)) void gradient_tile(const HeadContext& c, const ScoreTile<R>& tile, Rows<R> keys, Rows<R> values,
-                   const GradPanel<R>& panel, R grad_scale, bool through_cap, const BackwardScratch<R>& s) {
+__attribute__((noinline)) void gradient_tile(const HeadContext& c, const ScoreTile<R>& tile, Rows<R> keys,
+                                             Rows<R> values, const GradPanel<R>& panel, R grad_scale, bool through_cap,
+                                             const BackwardScratch<R>& s) {
   constexpr int N = kLanes<R>, W = kPanel<R>;
   const DotAttentionParams& p = *c.p;
   int vectors = (tile.nq + N - 1) / N;
@@ -203,7 +201,8 @@ void gradient_range(const Backward<R>& f, int64_t b, int64_t h0, int64_t h1, int
             if (!prepare_tile<R>(c, q0 + i * W, nq, k0, nk, score_scratch, tile)) continue;
             if (!loaded_panels) {
               for (int j = 0; j * W < valid; j++)
-                panels[j] = load_panel<R>(f, c, q0 + j * W, int(valid - j * W < W ? valid - j * W : W), grad_scale, s, j);
+                panels[j] =
+                    load_panel<R>(f, c, q0 + j * W, int(valid - j * W < W ? valid - j * W : W), grad_scale, s, j);
               loaded_panels = true;
             }
             if (!loaded) {
@@ -337,7 +336,7 @@ BiasOwnership bias_ownership(const Backward<R>& f) {
   const DotAttentionParams& p = *f.p;
   const int64_t* stride = p.grad_bias[f.bias].stride;
   BiasOwnership o;
-  o.batches = stride[0] != 0 ? p.batch : 1;
+  o.batches = stride[0] != 0 && !p.cu_seqlens_q ? p.batch : 1;  // packed sequences share one slice
   o.heads = stride[1] != 0 ? p.heads : 1;
   o.by_row = stride[2] != 0;
   o.by_column = !o.by_row && stride[3] != 0;
@@ -376,7 +375,8 @@ void bias_task(const Backward<R>& f, int64_t task) {
           Rows<R> keys = get_rows<R>(p.key, c.key_offset(p.key, k0), nk, p.head_size, false, s.keys);
           Rows<R> values = get_rows<R>(p.value, c.key_offset(p.value, k0), nk, p.value_size, false, s.values);
           gradient_tile<R>(c, tile, keys, values, panel, R(1), false, s);
-          add_bias_gradient<R>(grad, offset4(grad, b, h, q0, k0), tile, s);
+          int64_t offset = offset4(grad, c.s.tensor_batch, h, c.s.query_begin + q0, c.s.key_begin + k0);
+          add_bias_gradient<R>(grad, offset, tile, s);
         }
       }
     }
@@ -412,8 +412,8 @@ void backward(const DotAttentionParams& p) {
   f.keys = p.grad_key.data || p.grad_value.data;
   f.queries = p.grad_query.data;
   int64_t heads = p.batch * p.heads, key_heads = p.batch * p.kv_heads;
-  bool serial = double(heads) * double(longest_q) * double(longest_k) * double(p.head_size + p.value_size + 8) <
-                kSerialWork / 2;
+  bool serial =
+      double(heads) * double(longest_q) * double(longest_k) * double(p.head_size + p.value_size + 8) < kSerialWork / 2;
 
   int64_t pieces = (p.query_tokens + kDeltaRows - 1) / kDeltaRows;
   run<R, delta_task<R>>(f, (p.cu_seqlens_q ? 1 : p.batch) * p.heads * pieces, serial);
@@ -421,7 +421,8 @@ void backward(const DotAttentionParams& p) {
 
   // Products a tile times rounds of tasks, for either schedule.
   int64_t threads = serial || p.threads < 1 ? 1 : p.threads;
-  double one_pass = 5.0 * double((key_heads + threads - 1) / threads), two_pass = 7.0 * double(key_heads) / double(threads);
+  double one_pass = 5.0 * double((key_heads + threads - 1) / threads),
+         two_pass = 7.0 * double(key_heads) / double(threads);
   if (f.keys && f.queries && one_pass <= two_pass) {
     run<R, head_task<R>>(f, key_heads, serial);
   } else {

@@ -8,7 +8,8 @@
 namespace attnfast::ATTNFAST_ISA {
 namespace {
 
-constexpr int64_t kDecodeChunk = 64;
+constexpr int64_t kDecodeChunk = 32;
+constexpr int64_t kDecodeAhead = 64;  // keys between what is computed and what is prefetched
 constexpr int64_t kSplitKeys = 512;  // at least this many keys a split
 constexpr int64_t kMinTasks = 16;
 
@@ -26,10 +27,10 @@ bool load_addends(const HeadContext& c, int64_t k0, int n, R* row, R* add) {
   const DotAttentionParams& p = *c.p;
   if (!has_addend(p)) return false;
   constexpr R kLowest = std::is_same_v<R, double> ? R(-__DBL_MAX__) : R(-__FLT_MAX__);
-  R slope = p.alibi_slopes ? static_cast<const R*>(p.alibi_slopes)[c.s.batch * p.alibi_stride[0] +
-                                                                  c.h * p.alibi_stride[1]] *
-                                 R(kLog2e)
-                           : R(0);
+  R slope =
+      p.alibi_slopes
+          ? static_cast<const R*>(p.alibi_slopes)[c.s.batch * p.alibi_stride[0] + c.h * p.alibi_stride[1]] * R(kLog2e)
+          : R(0);
   for (int i = 0; i < n; i++) {
     int64_t distance = c.band.offset - (k0 + i);
     add[i] = -slope * R(distance < 0 ? -distance : distance);
@@ -75,7 +76,7 @@ void decode_task(const Decode<R>& f, int64_t task) {
   int64_t key_stride = p.key.stride[2], value_stride = p.value.stride[2];
   for (int64_t k0 = begin; k0 < end; k0 += kDecodeChunk) {
     int n = int(end - k0 < kDecodeChunk ? end - k0 : kDecodeChunk);
-    int64_t ahead = k0 + kDecodeChunk < end ? kDecodeChunk : 0;
+    int64_t ahead = k0 + kDecodeAhead < end ? kDecodeAhead : 0;
     bool masked = load_addends<R>(c, k0, n, row, add);
     R chunk_max = -infinity<R>();
     for (int i = 0; i < n; i += N) {
@@ -115,8 +116,7 @@ void decode_task(const Decode<R>& f, int64_t task) {
       for (; i + 4 <= n; i += 4) {
         const T *a = v + i * value_stride, *b = a + value_stride, *d = b + value_stride, *e = d + value_stride;
         for (int64_t byte = 0; byte < width * int64_t(sizeof(T)); byte += 64)
-          for (int r = 0; r < 4; r++)
-            prefetch(reinterpret_cast<const char*>(a + (r + ahead) * value_stride) + byte);
+          for (int r = 0; r < 4; r++) prefetch(reinterpret_cast<const char*>(a + (r + ahead) * value_stride) + byte);
         for (int64_t x = 0; x < width; x += N) {
           Vec<R> left = load_as<R>(a + x) * weight[i] + load_as<R>(b + x) * weight[i + 1];
           Vec<R> right = load_as<R>(d + x) * weight[i + 2] + load_as<R>(e + x) * weight[i + 3];
@@ -204,8 +204,8 @@ void decode(const DotAttentionParams& p) {
 
 const char* dot_attention_decode_obstacle(const DotAttentionParams& p) {
   int64_t lanes = p.query.dtype == DType::kFloat64 ? kLanes<double> : kLanes<float>;
-  if (p.query_tokens != 1) return "T_q is not 1";
   if (p.cu_seqlens_q) return "the input is packed";
+  if (p.query_tokens != 1) return "T_q is not 1";
   if (p.heads != p.kv_heads) return "query heads share key heads, whose keys one tile reads once for all of them";
   if (p.softcap > 0) return "softcap is on";
   if (p.dropout_p > 0) return "dropout is on";
@@ -219,11 +219,20 @@ const char* dot_attention_decode_obstacle(const DotAttentionParams& p) {
 bool dot_attention_decode(const DotAttentionParams& p) {
   if (dot_attention_decode_obstacle(p)) return false;
   switch (p.query.dtype) {
-    case DType::kFloat64: decode<double, double>(p); return true;
-    case DType::kFloat32: decode<float, float>(p); return true;
-    case DType::kBFloat16: decode<float, BFloat16>(p); return true;
-    case DType::kFloat16: decode<float, Float16>(p); return true;
-    default: return false;
+    case DType::kFloat64:
+      decode<double, double>(p);
+      return true;
+    case DType::kFloat32:
+      decode<float, float>(p);
+      return true;
+    case DType::kBFloat16:
+      decode<float, BFloat16>(p);
+      return true;
+    case DType::kFloat16:
+      decode<float, Float16>(p);
+      return true;
+    default:
+      return false;
   }
 }
 

@@ -1,18 +1,17 @@
 // Forward of the dot core: blocks of up to four query panels pass over the keys once, with an online softmax in base 2.
 //
 // The maximum is lazy: a panel's accumulators start at minus the maximum of its first visible tile, the exponential is
-// taken while scores are still in registers, and only if a row sum passes 2^40 is the tile redone with its true maximum.
-// When there are few blocks the keys are split as well and the partial states merged in order; the split depends on
-// shapes alone, so results do not depend on the number of threads.
+// taken while scores are still in registers, and only if a row sum passes 2^40 is the tile redone with its true
+// maximum. When there are few blocks the keys are split as well and the partial states merged in order; the split
+// depends on shapes alone, so results do not depend on the number of threads.
 #include "dot_attention.h"
 #include "dot_tile.h"
 #include "parallel.h"
 
-
 namespace attnfast::ATTNFAST_ISA {
 namespace {
 
-constexpr int kMinTasks = 32;         // blocks shrink, then keys are split, until there are this many tasks
+constexpr int kMinTasks = 32;  // blocks shrink, then keys are split, until there are this many tasks
 constexpr int64_t kMinSplitKeys = 256;
 template <class R>
 constexpr R kSumLimit = R(0x1p40);
@@ -29,7 +28,7 @@ template <class R>
 struct Forward {
   DotAttentionParams p;
   int64_t group, blocks, splits;
-  int panels;                              // per block
+  int panels;                                  // per block
   R *partial_out, *partial_max, *partial_sum;  // [splits][rows]..., only if splits > 1
   int64_t depth_pad, value_pad, rows_total;
   R scale2;  // scale * log2(e), folded into the packed queries
@@ -59,8 +58,8 @@ struct ForwardScratch {
 
 // The exact step: true maximum of the tile, then exponentials, with the running output rescaled where it grew.
 template <class R>
-__attribute__((noinline)) void exact_step(const HeadContext& c, const ScoreTile<R>& tile, Rows<R> keys, const R* packed, R* P, R* out,
-                int64_t value_pad, PanelState<R>& state) {
+__attribute__((noinline)) void exact_step(const HeadContext& c, const ScoreTile<R>& tile, Rows<R> keys, const R* packed,
+                                          R* P, R* out, int64_t value_pad, PanelState<R>& state) {
   constexpr int N = kLanes<R>, W = kPanel<R>;
   int vectors = (tile.nq + N - 1) / N;
   raw_scores<R>(keys, c.p->head_size, packed, P, tile.nk, vectors, tile.bands_or_null());
@@ -89,15 +88,16 @@ __attribute__((noinline)) void exact_step(const HeadContext& c, const ScoreTile<
       if (q >= tile.nq) break;
       if (sum[i] == R(0)) state.lazy = false;
       if (old_sum[i] != R(0) && rescale[i] != R(1))
-        for (int64_t d = 0; d < value_pad; d += N) store(out + q * value_pad + d, load(out + q * value_pad + d) * rescale[i]);
+        for (int64_t d = 0; d < value_pad; d += N)
+          store(out + q * value_pad + d, load(out + q * value_pad + d) * rescale[i]);
     }
   }
 }
 
 // Exponentials in the score epilogue, against the lazy maximum; false if a row sum left its range (nothing is kept).
 template <class R>
-__attribute__((noinline)) bool lazy_step(const HeadContext& c, const ScoreTile<R>& tile, Rows<R> keys, const R* packed, R* P,
-               PanelState<R>& state) {
+__attribute__((noinline)) bool lazy_step(const HeadContext& c, const ScoreTile<R>& tile, Rows<R> keys, const R* packed,
+                                         R* P, PanelState<R>& state) {
   constexpr int N = kLanes<R>, W = kPanel<R>;
   int vectors = (tile.nq + N - 1) / N;
   alignas(64) R sums[W];
@@ -214,7 +214,7 @@ void forward_task(const Forward<R>& f, int64_t task) {
         }
         if (p.dropout_p > 0) {
           dropout_tile<R>(c, tile, s.keep);
-          multiply_tile<R>(s.probabilities, s.keep, nk);
+          multiply_tile<R>(tile, s.probabilities, s.keep);
         }
         accumulate_by_query<R>(c, tile, s.probabilities, values, p.value_size, out, f.value_pad, !started[i], s.clean);
         started[i] = true;

@@ -21,8 +21,8 @@ struct WeightsScratch {
   int64_t* index;
   static int64_t size(int64_t depth_pad) {
     int64_t W = kPanel<R>, T = kKeyTile;
-    return 2 * W * depth_pad + 2 * W + T * depth_pad + 3 * T * W + W * T + T * kTilesPerTask +
-           ScoreScratch<R>::size() + W * int64_t(sizeof(int64_t) / sizeof(R));
+    return 2 * W * depth_pad + 2 * W + T * depth_pad + 3 * T * W + W * T + T * kTilesPerTask + ScoreScratch<R>::size() +
+           W * int64_t(sizeof(int64_t) / sizeof(R));
   }
   WeightsScratch(int64_t depth_pad, R* base) {
     int64_t W = kPanel<R>, T = kKeyTile;
@@ -63,7 +63,7 @@ void for_weight_tiles(const HeadContext& c, const WeightsScratch<R>& s, int64_t 
     probability_tile<R>(c, tile, keys, panel, s.P, nullptr);
     if (p.dropout_p > 0) {
       dropout_tile<R>(c, tile, s.keep);
-      multiply_tile<R>(s.P, s.keep, nk);
+      multiply_tile<R>(tile, s.P, s.keep);
     }
     use(tile);
   }
@@ -163,9 +163,11 @@ void weights(const DotAttentionParams& p) {
   int64_t heads = p.batch * p.heads;
   bool serial = double(heads) * double(queries) * double(keys) * double(p.head_size + 16) < kSerialWork;
   bool columns = p.weights_mode == WeightsMode::kColumnSum;
-  void (*task)(void*, int64_t) = columns ? [](void* x, int64_t i) { column_sum_task(*static_cast<WeightsPass<R>*>(x), i); }
-  : p.weights_mode == WeightsMode::kFull ? [](void* x, int64_t i) { full_task(*static_cast<WeightsPass<R>*>(x), i); }
-                                         : [](void* x, int64_t i) { row_max_task(*static_cast<WeightsPass<R>*>(x), i); };
+  void (*task)(void*, int64_t) = columns
+                                     ? [](void* x, int64_t i) { column_sum_task(*static_cast<WeightsPass<R>*>(x), i); }
+                                 : p.weights_mode == WeightsMode::kFull
+                                     ? [](void* x, int64_t i) { full_task(*static_cast<WeightsPass<R>*>(x), i); }
+                                     : [](void* x, int64_t i) { row_max_task(*static_cast<WeightsPass<R>*>(x), i); };
   parallel_tasks(heads * (columns ? f.tile_groups : f.panels), serial, task, &f);
 }
 

@@ -40,8 +40,8 @@ void load_panel_lse(const HeadContext& c, int64_t q0, int nq, R* minus_lse) {
 // P[key][query] = exp(score - lse) of one tile, before dropout; exactly 0 where masked.
 // With a soft cap, `slope` receives the derivative of the cap.
 template <class R>
-__attribute__((noinline)) void probability_tile(const HeadContext& c, const ScoreTile<R>& tile, Rows<R> keys, const QueryPanel<R>& panel, R* P,
-                      R* slope) {
+__attribute__((noinline)) void probability_tile(const HeadContext& c, const ScoreTile<R>& tile, Rows<R> keys,
+                                                const QueryPanel<R>& panel, R* P, R* slope) {
   constexpr int N = kLanes<R>, W = kPanel<R>;
   int vectors = (tile.nq + N - 1) / N;
   const R* table = exp2_table<R>();
@@ -56,20 +56,23 @@ __attribute__((noinline)) void probability_tile(const HeadContext& c, const Scor
     return;
   }
   bool plain = !tile.add && !tile.limited;
-  score_product<R>(keys, c.p->head_size, panel.packed, panel.minus_lse, P, tile.nk, vectors, tile.bands_or_null(), R(0),
+  // lse is subtracted at the end, not put into the accumulators first: it is larger than most scores, and every one of
+  // the D additions would be rounded at its size.
+  score_product<R>(keys, c.p->head_size, panel.packed, nullptr, P, tile.nk, vectors, tile.bands_or_null(), R(0),
                    [&](auto m, auto& x, int r, int j) ATTNFAST_LAMBDA {
                      constexpr int M = decltype(m)::value;
+                     Vec<R> shift = load(panel.minus_lse + N * j);
+                     ATTNFAST_UNROLL for (int i = 0; i < M; i++) x[i] += shift;
                      if (!plain) {
                        ATTNFAST_UNROLL for (int i = 0; i < M; i++) x[i] = tile.modify(x[i], r + i, j);
                      }
-                     ATTNFAST_UNROLL for (int i = 0; i < M; i++)
-                       store(P + (r + i) * W + N * j, exp2v<R>(x[i], table));
+                     ATTNFAST_UNROLL for (int i = 0; i < M; i++) store(P + (r + i) * W + N * j, exp2v<R>(x[i], table));
                    });
 }
 
 template <class R>
-void multiply_tile(R* x, const R* factor, int nk) {
-  for (int i = 0; i < nk * kPanel<R>; i += kLanes<R>) store(x + i, load(x + i) * load(factor + i));
+void multiply_tile(const ScoreTile<R>& tile, R* x, const R* factor) {
+  for_live_vectors(tile, [&](int i) ATTNFAST_LAMBDA { store(x + i, load(x + i) * load(factor + i)); });
 }
 
 // rows[query][kKeyTile] = tile[key][query]

@@ -1,9 +1,9 @@
 // Register-tiled products on packed scratch: the only loops that do the heavy arithmetic.
 //
-// Scores are kept transposed, S^T[key][query], with queries in lanes. So keys and values are read in place and broadcast
-// element by element, every softmax step is vertical, and P^T (dS^T) is itself the broadcast operand of the second
-// products. Accumulators are fresh for every tile and added to memory once: one long chain of additions over thousands
-// of keys would cost digits.
+// Scores are kept transposed, S^T[key][query], with queries in lanes. So keys and values are read in place and
+// broadcast element by element, every softmax step is vertical, and P^T (dS^T) is itself the broadcast operand of the
+// second products. Accumulators are fresh for every tile and added to memory once: one long chain of additions over
+// thousands of keys would cost digits.
 #pragma once
 
 #include "tile_io.h"
@@ -98,8 +98,8 @@ ATTNFAST_INLINE void score_product(Rows<R> A, int64_t depth, const R* bt, const 
             ATTNFAST_UNROLL for (int i = 0; i < M; i++) c[i][v] = start;
           }
         } else {
-          ATTNFAST_UNROLL for (int i = 0; i < M; i++)
-            ATTNFAST_UNROLL for (int v = 0; v < N; v++) c[i][v] = load(b + i * W + N0 * v);
+          ATTNFAST_UNROLL for (int i = 0; i < M; i++) ATTNFAST_UNROLL for (int v = 0; v < N; v++) c[i][v] =
+              load(b + i * W + N0 * v);
         }
         multiply<R, M, N, false>(count, a, A.stride, bt + d0 * W + N0 * j, W, c);
         if (last) {
@@ -109,8 +109,8 @@ ATTNFAST_INLINE void score_product(Rows<R> A, int64_t depth, const R* bt, const 
             out(m, x, r, j + v);
           }
         } else {
-          ATTNFAST_UNROLL for (int i = 0; i < M; i++)
-            ATTNFAST_UNROLL for (int v = 0; v < N; v++) store(b + i * W + N0 * v, c[i][v]);
+          ATTNFAST_UNROLL for (int i = 0; i < M; i++) ATTNFAST_UNROLL for (int v = 0; v < N; v++)
+              store(b + i * W + N0 * v, c[i][v]);
         }
       });
       if (bands && last) {
@@ -130,7 +130,7 @@ __attribute__((noinline)) void raw_scores(Rows<R> A, int64_t depth, const R* bt,
   score_product<R>(A, depth, bt, nullptr, buf, rows, vectors, bands, R(0),
                    [&](auto m, auto& x, int r, int j) ATTNFAST_LAMBDA {
                      ATTNFAST_UNROLL for (int i = 0; i < decltype(m)::value; i++)
-                       store(buf + (r + i) * kPanel<R> + kLanes<R> * j, x[i]);
+                         store(buf + (r + i) * kPanel<R> + kLanes<R> * j, x[i]);
                    });
 }
 
@@ -151,8 +151,8 @@ ATTNFAST_INLINE void multiply_rows(int64_t depth, const R* A, int64_t sa, const 
   });
 }
 
-// C[rows][vectors] (+)= A B, where range(Int<M>, r, begin, end) may shorten the contraction [begin, end) of a row block.
-// One strip of B at a time stays in L1 while all row blocks pass over it.
+// C[rows][vectors] (+)= A B, where range(Int<M>, r, begin, end) may shorten the contraction [begin, end) of a row
+// block. One strip of B at a time stays in L1 while all row blocks pass over it.
 template <class R, bool TRANSPOSED, class Range>
 ATTNFAST_INLINE void multiply_panel(int rows, int64_t depth, const R* A, int64_t sa, Rows<R> B, R* C, int64_t sc,
                                     int vectors, bool fresh, Range range) {

@@ -23,9 +23,7 @@ struct HeadContext {
   int64_t query_offset(const Tensor4& t, int64_t q) const {
     return offset4(t, s.tensor_batch, h, s.query_begin + q, 0);
   }
-  int64_t key_offset(const Tensor4& t, int64_t k) const {
-    return offset4(t, s.tensor_batch, kv_h, s.key_begin + k, 0);
-  }
+  int64_t key_offset(const Tensor4& t, int64_t k) const { return offset4(t, s.tensor_batch, kv_h, s.key_begin + k, 0); }
   int64_t row(int64_t q) const { return row_index(*p, s, h, q); }
 };
 static inline HeadContext head_context(const DotAttentionParams& p, int64_t b, int64_t h, int64_t group = 1) {
@@ -40,9 +38,9 @@ static inline HeadContext head_context(const DotAttentionParams& p, int64_t b, i
 template <class R>
 struct ScoreTile {
   LaneBands bands;
-  bool limited;     // some key is invisible to some row by position
-  bool masked;      // some entry is masked, by position or by a tensor
-  const R* add;     // [keys][panel] base-2 addend, -inf where masked by a tensor; null if there is none
+  bool limited;  // some key is invisible to some row by position
+  bool masked;   // some entry is masked, by position or by a tensor
+  const R* add;  // [keys][panel] base-2 addend, -inf where masked by a tensor; null if there is none
   int64_t q0, k0;
   int nq, nk;
 
@@ -69,6 +67,13 @@ struct ScoreTile {
   }
 };
 
+// f(i) for every vector [key][panel] of a tile that holds a query.
+template <class R, class F>
+ATTNFAST_INLINE void for_live_vectors(const ScoreTile<R>& tile, F f) {
+  for (int k = 0; k < tile.nk; k++)
+    for (int q = 0; q < tile.nq; q += kLanes<R>) f(k * kPanel<R> + q);
+}
+
 // Scratch of the score modifications: an addend tile and room to load a tensor tile.
 template <class R>
 struct ScoreScratch {
@@ -77,22 +82,23 @@ struct ScoreScratch {
   explicit ScoreScratch(R* base) : add(base), rows(base + kKeyTile * kPanel<R>), tile(rows + kKeyTile * kPanel<R>) {}
 };
 
-// dst[key][query] = t[b, h, q0 + query, k0 + key] as R; lanes past nq are zero.
+// dst[key][query] = t[b, h, q0 + query, k0 + key] as R, q0 and k0 counted from the sequence's first token (`t` is
+// indexed by packed token); lanes past nq are zero.
 template <class R>
-static void load_tile_transposed(const Tensor4& t, int64_t b, int64_t h, const ScoreTile<R>& tile, R* rows, R* dst) {
+static void load_tile_transposed(const Tensor4& t, const HeadContext& c, const ScoreTile<R>& tile, R* rows, R* dst) {
   constexpr int N = kLanes<R>, W = kPanel<R>;
-  int64_t offset = offset4(t, b, h, tile.q0, tile.k0);
+  int64_t offset = offset4(t, c.s.tensor_batch, c.h, c.s.query_begin + tile.q0, c.s.key_begin + tile.k0);
   if (t.stride[2] == 0) {  // one row serves every query
     load_rows<R>(t, offset, 1, tile.nk, rows, kKeyTile);
     for (int k = 0; k < tile.nk; k++)
-      for (int q = 0; q < W; q += N) store(dst + k * W + q, splat(rows[k]));
+      for (int q = 0; q < tile.nq; q += N) store(dst + k * W + q, splat(rows[k]));
   } else if (t.stride[3] == 0) {  // one column serves every key
     Tensor4 column = t;
     column.stride[3] = t.stride[2];
     for (int q = 0; q < W; q++) rows[q] = R(0);
     load_rows<R>(column, offset, 1, tile.nq, rows, W);
     for (int k = 0; k < tile.nk; k++)
-      for (int q = 0; q < W; q += N) store(dst + k * W + q, load(rows + q));
+      for (int q = 0; q < tile.nq; q += N) store(dst + k * W + q, load(rows + q));
   } else {
     load_rows<R>(t, offset, tile.nq, tile.nk, rows, kKeyTile);
     pack_transposed<R>({rows, kKeyTile}, tile.nq, tile.nk, dst, R(1));
@@ -112,11 +118,12 @@ static void add_alibi(const HeadContext& c, const ScoreTile<R>& tile, R* add) {
   alignas(64) R position[W];
   for (int q = 0; q < W; q++) {
     int64_t head = c.group > 1 ? c.h * c.group + (q < tile.nq ? q : 0) : c.h;
-    slope[q] = R(kLog2e) * static_cast<const R*>(p.alibi_slopes)[c.s.batch * p.alibi_stride[0] + head * p.alibi_stride[1]];
+    slope[q] =
+        R(kLog2e) * static_cast<const R*>(p.alibi_slopes)[c.s.batch * p.alibi_stride[0] + head * p.alibi_stride[1]];
     position[q] = R(c.position(tile.q0 + q) + c.band.offset - tile.k0);
   }
   for (int k = 0; k < tile.nk; k++)
-    for (int q = 0; q < W; q += N) {
+    for (int q = 0; q < tile.nq; q += N) {
       Vec<R> d = load(position + q) - R(k);
       d = d < R(0) ? -d : d;
       store(add + k * W + q, -load(slope + q) * d);
@@ -156,22 +163,23 @@ static bool prepare_tile(const HeadContext& c, int64_t q0, int nq, int64_t k0, i
   if (p.alibi_slopes)
     add_alibi<R>(c, tile, add);
   else
-    for (int i = 0; i < nk * W; i += N) store(add + i, Vec<R>{});
+    for_live_vectors(tile, [&](int i) ATTNFAST_LAMBDA { store(add + i, Vec<R>{}); });
   constexpr R kLowest = std::is_same_v<R, double> ? R(-__DBL_MAX__) : R(-__FLT_MAX__);
   for (const Tensor4& bias : p.bias)
     if (bias.data) {
-      load_tile_transposed<R>(bias, c.s.tensor_batch, c.h, tile, scratch.rows, scratch.tile);
-      for (int i = 0; i < nk * W; i += N) {
+      load_tile_transposed<R>(bias, c, tile, scratch.rows, scratch.tile);
+      for_live_vectors(tile, [&](int i) ATTNFAST_LAMBDA {
         Vec<R> x = load(scratch.tile + i), sum = load(add + i) + x * R(kLog2e);
         // A finite bias stays finite: finfo.min is a number, only -inf masks.
         sum = (sum < kLowest) & (x != -infinity<R>()) & (load(add + i) != -infinity<R>()) ? splat(kLowest) : sum;
         store(add + i, sum);
-      }
+      });
     }
   if (p.mask.data) {
-    load_tile_transposed<R>(p.mask, c.s.tensor_batch, c.h, tile, scratch.rows, scratch.tile);
-    for (int i = 0; i < nk * W; i += N)
+    load_tile_transposed<R>(p.mask, c, tile, scratch.rows, scratch.tile);
+    for_live_vectors(tile, [&](int i) ATTNFAST_LAMBDA {
       store(add + i, load(scratch.tile + i) != R(0) ? load(add + i) : splat(-infinity<R>()));
+    });
   }
   tile.add = add;
   if (!p.mask.data && !p.bias[0].data && !p.bias[1].data) return true;
@@ -199,7 +207,7 @@ static void dropout_tile(const HeadContext& c, const ScoreTile<R>& tile, R* keep
   uint64_t threshold = dropout_threshold(p.dropout_p);
   R scale = R(dropout_scale(p.dropout_p));
   if (threshold >> 32) {
-    for (int i = 0; i < tile.nk * W; i++) keep[i] = R(0);
+    for_live_vectors(tile, [&](int i) ATTNFAST_LAMBDA { store(keep + i, Vec<R>{}); });
     return;
   }
   uint64_t row0 = uint64_t(c.row(tile.q0));
@@ -255,8 +263,8 @@ __attribute__((noinline)) void zero_nonfinite(Rows<R> rows, int count, int64_t c
 
 // C[query] (+)= sum over keys of P[key][query] * B[key]
 template <class R>
-__attribute__((noinline)) void accumulate_by_query(const HeadContext& c, const ScoreTile<R>& tile, const R* P, Rows<R> B, int64_t cols,
-                                R* C, int64_t sc, bool fresh, R* scratch) {
+__attribute__((noinline)) void accumulate_by_query(const HeadContext& c, const ScoreTile<R>& tile, const R* P,
+                                                   Rows<R> B, int64_t cols, R* C, int64_t sc, bool fresh, R* scratch) {
   constexpr int W = kPanel<R>;
   int vectors = int(padded<R>(cols) / kLanes<R>);
   auto range = [&](auto m, int r, int64_t& k0, int64_t& k1) ATTNFAST_LAMBDA {
@@ -277,8 +285,8 @@ __attribute__((noinline)) void accumulate_by_query(const HeadContext& c, const S
 
 // C[key] += sum over queries of P[key][query] * B[query]
 template <class R>
-__attribute__((noinline)) void accumulate_by_key(const ScoreTile<R>& tile, const R* P, Rows<R> B, int64_t cols, R* C, int64_t sc,
-                              R* scratch) {
+__attribute__((noinline)) void accumulate_by_key(const ScoreTile<R>& tile, const R* P, Rows<R> B, int64_t cols, R* C,
+                                                 int64_t sc, R* scratch) {
   constexpr int W = kPanel<R>;
   int vectors = int(padded<R>(cols) / kLanes<R>);
   auto range = [&](auto m, int r, int64_t& q0, int64_t& q1) ATTNFAST_LAMBDA {

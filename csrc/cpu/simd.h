@@ -169,12 +169,18 @@ static inline void visit_dtype(DType dtype, F f) {
     if (dtype == DType::kFloat64) return f(double{});
   }
   switch (dtype) {
-    case DType::kFloat32: return f(float{});
-    case DType::kBFloat16: return f(BFloat16{});
-    case DType::kFloat16: return f(Float16{});
-    case DType::kBool: return f(bool{});
-    case DType::kFloat64: return f(double{});
-    default: return;
+    case DType::kFloat32:
+      return f(float{});
+    case DType::kBFloat16:
+      return f(BFloat16{});
+    case DType::kFloat16:
+      return f(Float16{});
+    case DType::kBool:
+      return f(bool{});
+    case DType::kFloat64:
+      return f(double{});
+    default:
+      return;
   }
 }
 // One element as R, and one element from R.
@@ -200,8 +206,8 @@ ATTNFAST_INLINE void store_one(T* p, R x) {
 }
 
 // ---------------------------------------------------------------- exp2 and tanh
-// Minimax polynomials of 2^f. The coefficients stay in memory and are used as broadcast operands: GCC 12 otherwise keeps
-// them in registers and spills the accumulators of the loop before.
+// Minimax polynomials of 2^f. The coefficients stay in memory and are used as broadcast operands: GCC 12 otherwise
+// keeps them in registers and spills the accumulators of the loop before.
 #if defined(__AVX512DQ__)  // f in [0, 1), relative error 7e-8: vreduceps and vscalefps both round down
 alignas(64) static const float kExp2Coefficients[6] = {0x1.fffffep-1f, 0x1.62e4f6p-1f, 0x1.ebd5a8p-3f,
                                                        0x1.c95446p-5f, 0x1.26900ep-7f, 0x1.ec320ap-10f};
@@ -231,8 +237,8 @@ ATTNFAST_INLINE const R* exp2_table() {
   else
     return kExp2CoefficientsDouble;
 }
-// 2^x for x <= the largest exponent (larger gives inf), -inf -> 0, NaN -> NaN. `table` comes from exp2_table; passing it
-// through an empty asm hides its contents from the optimiser.
+// 2^x for x <= the largest exponent (larger gives inf), -inf -> 0, NaN -> NaN. `table` comes from exp2_table; passing
+// it through an empty asm hides its contents from the optimiser.
 template <class R>
 ATTNFAST_INLINE Vec<R> exp2v(Vec<R> x, const R*& table) {
   constexpr int kDegree = sizeof(R) == 4 ? 5 : 13;
@@ -319,8 +325,8 @@ template <int S, class R>
 ATTNFAST_INLINE void transpose_step(Vec<R>* r) {
   constexpr int N = kLanes<R>;
   if constexpr (S < N) {
-    ATTNFAST_UNROLL for (int i = 0; i < N; i++)
-      if (!(i & S)) exchange<S, R>(r[i], r[i + S], std::make_integer_sequence<int, N>());
+    ATTNFAST_UNROLL for (int i = 0; i < N; i++) if (!(i & S))
+        exchange<S, R>(r[i], r[i + S], std::make_integer_sequence<int, N>());
     transpose_step<S * 2, R>(r);
   }
 }
@@ -333,8 +339,8 @@ ATTNFAST_INLINE void transpose(Vec<R>* r) {
 template <class R>
 ATTNFAST_INLINE Vec<R> sum_rows(Vec<R>* r) {
   transpose<R>(r);
-  ATTNFAST_UNROLL for (int s = kLanes<R> / 2; s > 0; s /= 2)
-    ATTNFAST_UNROLL for (int i = 0; i < s; i++) r[i] += r[i + s];
+  ATTNFAST_UNROLL for (int s = kLanes<R> / 2; s > 0; s /= 2) ATTNFAST_UNROLL for (int i = 0; i < s; i++) r[i] +=
+      r[i + s];
   return r[0];
 }
 

@@ -115,23 +115,19 @@ static inline Rows<R> get_rows(const Tensor4& t, int64_t offset, int64_t rows, i
   return {scratch, stride};
 }
 
-// dst[cols][kPanel] = scale * transpose of rows[count][cols]; lanes past `count` are zero. `rows` must be readable in
-// whole vectors (padded); columns of dst past `cols` up to the padding are written too.
+// dst[cols][kPanel] = scale * transpose of rows[count][cols]. The vector that holds the last row is filled with zeros,
+// vectors past it are left alone: nothing reads them. `rows` must be readable in whole vectors (padded); columns of dst
+// past `cols` up to the padding are written too.
 template <class R>
 static void pack_transposed(Rows<R> rows, int64_t count, int64_t cols, R* dst, R scale) {
   constexpr int N = kLanes<R>, W = kPanel<R>;
   for (int64_t d = 0; d < cols; d += N)
-    for (int q = 0; q < W; q += N) {
+    for (int q = 0; q < count; q += N) {
       Vec<R> r[N];
-      ATTNFAST_UNROLL for (int i = 0; i < N; i++)
-        r[i] = q + i < count ? load(rows.data + (q + i) * rows.stride + d) * scale : Vec<R>{};
+      ATTNFAST_UNROLL for (int i = 0; i < N; i++) r[i] =
+          q + i < count ? load(rows.data + (q + i) * rows.stride + d) * scale : Vec<R>{};
       transpose<R>(r);
       ATTNFAST_UNROLL for (int i = 0; i < N; i++) store(dst + (d + i) * W + q, r[i]);
-      if (q + N >= padded<R>(count)) {  // whole vectors of absent rows
-        for (q += N; q < W; q += N)
-          for (int i = 0; i < N; i++) store(dst + (d + i) * W + q, Vec<R>{});
-        break;
-      }
     }
 }
 

@@ -40,26 +40,26 @@ void for_each_element(const HostTensor& tensor, Use use) {
 }
 
 struct Tolerance {
-  double forward, backward;
+  double forward, backward, floor;
 };
 
 // Forward: of the largest element of the tensor. Backward: of the terms of each element, see Gradient; the half types
-// round `out`, which the backward reads again.
+// round `out`, which the backward reads again. The floor is half a unit of float16's subnormal numbers.
 Tolerance tolerance(DType dtype) {
   switch (dtype) {
     case DType::kFloat64:
-      return {1e-12, 1e-11};
+      return {1e-13, 1e-12, 1e-15};
     case DType::kFloat32:
-      return {5e-6, 3e-5};
+      return {4e-6, 2e-5, 1e-12};
     case DType::kBFloat16:
-      return {6e-3, 3e-2};
+      return {6e-3, 1e-2, 1e-12};
     default:
-      return {8e-4, 4e-3};
+      return {8e-4, 1.5e-3, 3e-8};
   }
 }
 
 std::string compare(const char* what, const HostTensor& got, const HostTensor& wanted, double relative,
-                    const HostTensor* magnitude = nullptr) {
+                    const HostTensor* magnitude = nullptr, double floor = 0) {
   double scale = 1, worst = 1;
   std::string where;
   if (magnitude == nullptr) {
@@ -71,7 +71,7 @@ std::string compare(const char* what, const HostTensor& got, const HostTensor& w
   for_each_element(wanted, [&](int64_t b, int64_t h, int64_t i, int64_t j) {
     const double x = got.get(b, h, i, j), y = wanted.get(b, h, i, j);
     if (x == y) return;  // infinities too
-    const double limit = relative * (magnitude != nullptr ? magnitude->get(b, h, i, j) + 1e-6 : scale);
+    const double limit = floor + relative * (magnitude != nullptr ? magnitude->get(b, h, i, j) : scale);
     const double error = std::fabs(x - y) / limit;
     if (error <= worst) return;  // a NaN goes on
     worst = std::isnan(error) ? std::numeric_limits<double>::infinity() : error;
@@ -130,7 +130,8 @@ std::string check(const KernelTable& kernels, const Problem& problem) {
   backward_by_definition(problem, serial.weights_index, expected);
   run(kernels, problem, &expected, 1, serial);
   const auto check_gradient = [&](const char* what, bool wanted, const HostTensor& got, const Gradient& gradient) {
-    if (wanted) errors.push_back(compare(what, got, gradient.value, limits.backward, &gradient.magnitude));
+    if (wanted)
+      errors.push_back(compare(what, got, gradient.value, limits.backward, &gradient.magnitude, limits.floor));
   };
   check_gradient("grad_query", c.want_query, serial.grad_query, expected.grad_query);
   check_gradient("grad_key", c.want_key, serial.grad_key, expected.grad_key);
