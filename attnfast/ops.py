@@ -81,14 +81,12 @@ def _allocate_lse(query: Tensor) -> Tensor:
     return query.new_empty(batch, heads, rows, dtype=_real(query.dtype))
 
 
-def _allocate_weights(query: Tensor, key: Tensor, mode: int, packed: bool) -> tuple[Tensor | None, Tensor | None]:
+def _allocate_weights(query: Tensor, key: Tensor, mode: int) -> tuple[Tensor | None, Tensor | None]:
     batch, heads, query_tokens = query.shape[:3]
     if mode == WEIGHTS_FULL:
-        shape = (batch, heads, query_tokens, key.size(2))
-        # Packed input: the kernels write each sequence's own block only.
-        return (query.new_zeros(shape) if packed else query.new_empty(shape)), None
+        return query.new_empty(batch, heads, query_tokens, key.size(2)), None
     if mode == WEIGHTS_COLUMN_SUM:
-        return query.new_zeros((batch, heads, key.size(2)), dtype=_real(query.dtype)), None
+        return query.new_empty(batch, heads, key.size(2), dtype=_real(query.dtype)), None
     if mode == WEIGHTS_ROW_MAX:
         rows = (batch, heads, query_tokens)
         return query.new_empty(rows, dtype=_real(query.dtype)), query.new_empty(rows, dtype=torch.int64)
@@ -134,7 +132,7 @@ def dot_attention_fwd(
     if need_lse or mode:
         lse = query.new_empty(batch, heads, rows, dtype=_REAL.get(query.dtype, torch.float32))
     if mode:
-        weights, index = _allocate_weights(query, key, mode, cu_q is not None)
+        weights, index = _allocate_weights(query, key, mode)
     if mask is not None or bias is not None:
         shape = (batch, heads, rows, key.shape[2])
         mask, bias, bias2 = _expand(mask, shape), _expand(bias, shape), _expand(bias2, shape)
@@ -358,8 +356,7 @@ def _fwd_op(*args):  # type: ignore[no-untyped-def]
 def _fwd_fake(*args):  # type: ignore[no-untyped-def]
     query, key, value = args[:3]
     options = DotAttentionOptions(*args[N_FWD_TENSORS:])
-    packed = options.cu_seqlens_q is not None
-    weights, index = _allocate_weights(query, key, options.weights_mode, packed)
+    weights, index = _allocate_weights(query, key, options.weights_mode)
     return (_allocate_out(query, value), _allocate_lse(query), *fill_weights(query, weights, index))
 
 

@@ -126,6 +126,7 @@ void check_contiguous(const TensorView& view) {
 
 // Threads would write the same element: a broadcast view is no place for a result.
 void check_writable(const TensorView& view) {
+  if (view.numel() == 0) return;  // torch leaves strides of 0 in empty tensors
   for (int i = 0; i < view.ndim; ++i) {
     if (view.stride[i] == 0 && view.size[i] > 1) {
       throw py::value_error(std::string(view.name) + ": an output cannot be an expanded view (stride 0 in dimension " +

@@ -83,6 +83,12 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "query-quantized": (attention(quantized(q())), TypeError, r"query: quantized .*got qint8"),
     "query-meta": (attention(q(device="meta")), ValueError, r"query: .*cpu tensors only, got a tensor on meta"),
     "key-meta": (attention(q(), k(device="meta")), ValueError, r"key: .*cpu tensors only, got a tensor on meta"),
+    "sdpa-key-meta": (sdpa(q(), q(device="meta"), q()), ValueError, r"key: .*cpu tensors only, got a tensor on meta"),
+    "sdpa-value-meta": (
+        sdpa(q(), q(), q(device="meta")),
+        ValueError,
+        r"value: .*cpu tensors only, got a tensor on meta",
+    ),
     "all-meta": (
         sdpa(q(device="meta"), q(device="meta"), q(device="meta")),
         ValueError,
@@ -130,6 +136,7 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "value-tokens": (attention(q(), k(), v(B, HKV, 7, DV)), ValueError, r"value: expected .*T_k = 6 \(key's\), got"),
     "sdpa-value-tokens": (sdpa(q(), q(), q(B, H, 7, D)), ValueError, r"value: expected .*T_k = 5 \(key's\)"),
     "value-heads": (attention(q(), k(), v(B, 1, TK, DV)), ValueError, r"value: expected .*H_kv = 2 \(key's\)"),
+    "value-heads-alone": (attention(q(), q(), q(B, 2, TQ, D)), ValueError, r"value: expected .*H_kv = 4 \(key's\)"),
     "heads-not-dividing": (
         attention(q(), k(B, 3, TK, D), v(B, 3, TK, DV)),
         ValueError,

@@ -75,17 +75,17 @@ def test_opinfo_values_and_gradients(backend: Any, dtype: torch.dtype) -> None:
         # in the output; gradients meet three such roundings (score, products, lse). In float64 torch is the truth.
         score = (sample.input.double() @ sample.args[0].double().mT).abs().max().item() * sample.input.shape[-1] ** -0.5
         ulp = torch.finfo(torch.promote_types(dtype, torch.float32)).eps * (4 if dtype == torch.float64 else 1) * score
-        flash = flash_gradients(widened(sample), probe.double(), dtype)
+        flash = flash_gradients(widened(sample), probe.double(), runs[0][0])
         for i, (have, truth, plain) in enumerate(zip(*runs)):
             assert have.shape == plain.shape and have.dtype == plain.dtype
             if i:
                 plain = max((plain, flash[i - 1].to(dtype)), key=lambda g, t=truth: error(g, t))
-            slack = (1.5 if i else 0.5) * ulp
+            slack = (2.0 if i else 0.5) * ulp
             assert_close_to_truth(have, truth, plain, f"{sample.summary()}: result {i}", slack=slack)
 
 
-def flash_gradients(sample: Any, probe: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Exact gradients but for delta, formed from the output as rounded to `dtype` (see helpers.rounded_probes)."""
+def flash_gradients(sample: Any, probe: Tensor, rounded: Tensor) -> tuple[Tensor, ...]:
+    """Exact gradients but for delta, formed from the output as it was rounded (see helpers.rounded_probes)."""
     query, key, value = sample.input, *sample.args
     s = query @ key.mT * query.shape[-1] ** -0.5
     if sample.kwargs.get("attn_mask") is not None:
@@ -93,8 +93,7 @@ def flash_gradients(sample: Any, probe: Tensor, dtype: torch.dtype) -> tuple[Ten
     if sample.kwargs["is_causal"]:
         s = s.masked_fill(~torch.ones(s.shape[-2:], dtype=torch.bool).tril(), float("-inf"))
     output = torch.softmax(s, -1) @ value
-    exact = output.detach()
-    e = (probe * (exact.to(dtype).double() - exact)).sum(-1)
+    e = (probe * (rounded.detach().double() - output.detach())).sum(-1)
     return torch.autograd.grad((output * probe).sum() - (e * s.logsumexp(-1)).sum(), tensors_of(sample))
 
 

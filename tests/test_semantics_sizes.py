@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 from typing import Any
 
 import pytest
@@ -54,11 +55,12 @@ FAR = 2**27 + 64  # elements from row to row: the 17th row starts beyond 2^31
 
 
 def far_rows(x: Tensor) -> Tensor:
-    """[1, 1, T, D] with FAR elements between the rows; only the pages in use are ever committed."""
+    """[1, 1, T, D] with FAR elements between the rows; only the pages in use are ever committed, none reserved."""
     T, D = x.shape[-2:]
-    buffer = torch.empty((T - 1) * FAR + D, dtype=x.dtype)
-    view = buffer.as_strided((1, 1, T, D), (0, 0, FAR, 1))
-    return view.copy_(x)
+    count = (T - 1) * FAR + D
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+    buffer = torch.frombuffer(mmap.mmap(-1, count * x.element_size(), flags=flags), dtype=x.dtype, count=count)
+    return buffer.as_strided((1, 1, T, D), (0, 0, FAR, 1)).copy_(x)
 
 
 @pytest.mark.parametrize("which", ["query", "key", "value", "bias", "mask"])
@@ -104,19 +106,31 @@ def test_s12_keys_beyond_2_31_elements() -> None:
     torch.testing.assert_close(result.lse.double(), score + math.log(T_k), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.slow
-def test_s12_output_beyond_2_31_elements() -> None:
-    """2^20 + 3 queries and values of 2048 features write more than 2^31 elements (4 GiB of bfloat16)."""
-    import attnfast
+@pytest.mark.parametrize("T_q", [1, 20])
+def test_s12_outputs_beyond_2_31(isa: str, dtype: torch.dtype, T_q: int) -> None:
+    """Output, gradients and weights written to rows 2^27 elements apart, through the binding itself."""
+    from attnfast import _C
 
-    T_q = 2**20 + 3
-    query = torch.randn(1, 1, 1, 8).bfloat16().expand(1, 1, T_q, 8)
-    key, value = torch.randn(1, 1, 2, 8).bfloat16(), torch.randn(1, 1, 2, 2048).bfloat16()
-    output = attnfast.attention(query, key, value)
-    assert output.numel() > 2**31
-    want = oracle(query[:, :, :1].float(), key.float(), value.float()).output
-    for row in (0, 1, 2**19, 2**20 - 1, T_q - 1):
-        torch.testing.assert_close(output[:, :, row : row + 1].float(), want, rtol=1e-2, atol=1e-2)
+    inputs = problem(1, 1, T_q, 20, 8, dtype=dtype)
+    lse = torch.empty(1, 1, T_q, dtype=real(dtype))
+    out, weights = far_rows(torch.zeros(1, 1, T_q, 8, dtype=dtype)), far_rows(torch.zeros(1, 1, T_q, 20, dtype=dtype))
+    modifiers = (None,) * 10
+    numbers = (0.3, 0.0, 0.0, 0, -1, -1)
+    _C.dot_attention_fwd(*inputs.values(), out, lse, weights, None, 1, *modifiers, *numbers)
+    grads = {n: far_rows(torch.zeros_like(x)) for n, x in inputs.items()}
+    grad_out = far_rows(torch.randn(1, 1, T_q, 8).to(dtype))
+    _C.dot_attention_bwd(
+        grad_out, *inputs.values(), out, lse, torch.empty_like(lse), None, None, 0, None, *grads.values(), None, None,
+        None, *modifiers, *numbers, 1,
+    )  # fmt: skip
+    x = leaves(inputs, torch.float64)
+    want = oracle(*x.values(), scale=0.3)
+    wanted = torch.autograd.grad(want.output, list(x.values()), grad_out.double())
+    atol = {8: 1e-12, 4: 1e-5, 2: 3e-2}[out.element_size()]
+    for have, truth in zip((out, weights, *grads.values()), (want.output, want.weights, *wanted)):
+        torch.testing.assert_close(have.double(), truth, rtol=atol, atol=atol)
+    assert (T_q - 1) * out.stride(2) > 2**31 or T_q == 1
+    assert 19 * grads["key"].stride(2) > 2**31
 
 
 @pytest.mark.slow

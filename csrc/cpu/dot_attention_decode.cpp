@@ -8,9 +8,9 @@
 namespace attnfast::ATTNFAST_ISA {
 namespace {
 
-constexpr int64_t kDecodeChunk = 32;
-constexpr int64_t kDecodeAhead = 64;  // keys between what is computed and what is prefetched
-constexpr int64_t kSplitKeys = 512;  // at least this many keys a split
+constexpr int64_t kDecodeChunk = 256;  // keys, then their values: long runs of one stream
+constexpr int64_t kDecodeAhead = 32;  // keys between what is computed and what is prefetched
+constexpr int64_t kSplitKeys = 512;   // at least this many keys a split
 constexpr int64_t kMinTasks = 16;
 
 template <class R>
@@ -20,6 +20,22 @@ struct Decode {
   R *partial_out, *partial_max, *partial_sum;  // [head][split]
   R scale2;
 };
+
+// Lane i of the result is the sum of the lanes of r[i]: each step adds pairs of rows while it interleaves them, which
+// takes half the shuffles of a transpose.
+template <int S, class R>
+ATTNFAST_INLINE Vec<R> sum_of_rows(Vec<R>* r) {
+  constexpr int N = kLanes<R>;
+  if constexpr (S == N) {
+    return r[0];
+  } else {
+    ATTNFAST_UNROLL for (int i = 0; i < N; i += 2 * S) {
+      exchange<S, R>(r[i], r[i + S], std::make_integer_sequence<int, N>());
+      r[i] += r[i + S];
+    }
+    return sum_of_rows<S * 2, R>(r);
+  }
+}
 
 // Base-2 addends of one row of keys, -inf where masked; false if the call has none.
 template <class R>
@@ -89,7 +105,7 @@ void decode_task(const Decode<R>& f, int64_t task) {
         for (int64_t d = N; d < depth; d += N) a += load_as<R>(k + d) * load(query + d);
         dot[r] = a;
       }
-      store(weight + i, sum_rows<R>(dot));
+      store(weight + i, sum_of_rows<1, R>(dot));
     }
     for (int i = 0; i < n; i++) {
       if (masked) weight[i] = add[i] == -infinity<R>() ? -infinity<R>() : weight[i] + add[i];
