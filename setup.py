@@ -24,7 +24,9 @@ class CMakeBuild(build_ext):
         import pybind11
 
         target = (Path.cwd() / self.get_ext_fullpath(ext.name)).resolve()
-        build = (Path.cwd() / self.build_temp / "cmake").resolve()
+        # An editable install compiles where `build_ext --inplace` does, so that either continues the other's work.
+        shared = f"build/temp.{self.plat_name}-{sys.implementation.cache_tag}"
+        build = (Path.cwd() / (shared if self.editable_mode else self.build_temp) / "cmake").resolve()
         build.mkdir(parents=True, exist_ok=True)
         configure = [
             f"-DCMAKE_MAKE_PROGRAM={Path(ninja.BIN_DIR) / 'ninja'}",
@@ -35,10 +37,10 @@ class CMakeBuild(build_ext):
             f"-DATTNFAST_VERSION={self.distribution.get_version()}",
             *os.environ.get("CMAKE_ARGS", "").split(),
         ]
-        # --fresh: with build isolation pybind11 and ninja live in another temporary folder at every run, and a
-        # cache that remembers them would name files that are gone. Objects are kept, so this costs no compilation.
+        # With build isolation the tools live in another temporary folder at every run: what the cache remembers of
+        # them is overridden above, and objects are kept.
         cmake_program = str(Path(cmake.CMAKE_BIN_DIR) / "cmake")
-        subprocess.check_call([cmake_program, "--fresh", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *configure])
+        subprocess.check_call([cmake_program, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *configure])
         jobs = str(self.parallel or os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or os.cpu_count() or 1)
         subprocess.check_call([cmake_program, "--build", str(build), "--parallel", jobs])
 

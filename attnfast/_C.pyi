@@ -1,10 +1,10 @@
 """The compiled module: one function per op, called by :mod:`attnfast.ops` alone.
 
-Tensors are read through DLPack without a copy. ``query`` is ``[B, H, T_q, D]``, ``key`` ``[B, H_kv, T_k, D]``, ``value``
-``[B, H_kv, T_k, D_v]``, of one floating dtype and any strides; "Real" is float64 for float64 inputs, else float32. For
-packed (varlen) input B is 1, T_q and T_k are totals, and both ``cu_seqlens`` are given. Results are written to tensors
-that the caller made. ``None`` means absent. Arguments are positional. Every wrong argument is a TypeError or ValueError
-that names it; no call reads or writes out of bounds.
+Tensors are read through DLPack without a copy. ``query`` is ``[B, H, T_q, D]``, ``key`` ``[B, H_kv, T_k, D]``,
+``value`` ``[B, H_kv, T_k, D_v]``, of one floating dtype and any strides; "Real" is float64 for float64 inputs, else
+float32. For packed (varlen) input B is 1, T_q and T_k are totals, and both ``cu_seqlens`` are given. Results go
+to tensors that the caller made. ``None`` means absent. Arguments are positional. Every wrong argument is a TypeError or
+ValueError that names it; no call reads or writes out of bounds.
 """
 
 from typing import Any

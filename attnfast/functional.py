@@ -21,15 +21,19 @@ __all__ = ["AttentionOutput", "attention", "scaled_dot_product_attention", "varl
 
 _plain = _validate.plain
 _is_compiling = torch.compiler.is_compiling  # a global costs half of what two attribute look-ups do
-# Options of plain calls by (D, is_causal or causal): building the tuple anew would cost as much as all checks together.
-_PLAIN_OPTIONS: dict[tuple[int, bool | str | None], PlainOptions] = {}
+# Options of plain calls by (D, is_causal or causal), or (D, is_causal, scale) where the caller chose the scale:
+# building them anew would cost as much as all checks together.
+_PLAIN_OPTIONS: dict[tuple[Any, ...], PlainOptions] = {}
 
 
-def _new_options(head_size: int, causal: bool | str | None) -> PlainOptions:
+def _new_options(head_size: int, causal: bool | str | None, scale: float | None = None) -> PlainOptions:
     code = int(causal) if isinstance(causal, bool) else _validate.causal_code(causal)
-    options = PlainOptions(scale=_prepare.default_scale("scaled_dot", head_size), causal=code)
+    kind = (head_size, causal) if scale is None else (head_size, causal, scale)
+    if scale is None:
+        scale = _prepare.default_scale("scaled_dot", head_size)
+    options = PlainOptions(scale=_validate.number("scale", scale), causal=code)
     if len(_PLAIN_OPTIONS) < 4096:
-        _PLAIN_OPTIONS[head_size, causal] = options
+        _PLAIN_OPTIONS[kind] = options
     return options
 
 
@@ -98,9 +102,13 @@ def scaled_dot_product_attention(
     """
     if dropout_p == 0.0 and (is_causal is False or is_causal is True) and not _is_compiling():
         head_size = _plain(query, key, value)  # not to be traced
-        if head_size and attn_mask is None and scale is None:
-            options = _PLAIN_OPTIONS.get((head_size, is_causal)) or _new_options(head_size, is_causal)
-            return plain_attention(query, key, value, options)
+        if head_size and attn_mask is None:
+            if scale is None:
+                options = _PLAIN_OPTIONS.get((head_size, is_causal)) or _new_options(head_size, is_causal)
+                return plain_attention(query, key, value, options)
+            if type(scale) is float:
+                found = _PLAIN_OPTIONS.get((head_size, is_causal, scale))
+                return plain_attention(query, key, value, found or _new_options(head_size, is_causal, scale))
         call = _prepare.short_sdpa_call(query, key, value, attn_mask, is_causal, scale, head_size)
         if call is not None:
             out = dot_attention(*call)[0]

@@ -94,7 +94,7 @@ def _allocate_weights(query: Tensor, key: Tensor, mode: int) -> tuple[Tensor | N
 
 
 def _expand(tensor: Tensor | None, shape: Sequence[int]) -> Tensor | None:
-    return None if tensor is None else tensor.expand(shape)
+    return tensor if tensor is None or tensor.shape == shape else tensor.expand(shape)
 
 
 def _alibi_rows(query: Tensor, options: DotAttentionOptions) -> int:

@@ -96,6 +96,7 @@ LAYERS = {
     "_ext": 0,
     "reference": 0,
     "_reference_core": 0,
+    "_options": 0,
     "ops": 1,
     "autograd": 2,
     "_operator_autograd": 2,

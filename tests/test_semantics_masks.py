@@ -90,6 +90,9 @@ COMPOSITIONS: list[dict[str, Any]] = [
     {"window": (2, 2), "mask": True},
     {"window": (0, -1), "key_lengths": True, "bias": True},
     {"window": (0, 0)},
+    {"alibi_slopes": True},
+    {"alibi_slopes": "batch", "causal": "bottom_right", "query_lengths": True},
+    {"alibi_slopes": "batch", "window": (7, 3)},
     {"window": (-1, 3)},
     {"causal": "top_left", "mask": True, "key_lengths": True},
     {"causal": "top_left", "mask": True, "bias": True, "key_lengths": True, "query_lengths": True, "window": (9, 4)},
@@ -121,7 +124,9 @@ def composed(
         "sink": lambda: torch.randn(H, generator=g).to(real(dtype)),
     }
     tensors = {n: makers[n]() for n, x in options.items() if x is True}
-    return tensors, {n: x for n, x in options.items() if x is not True}
+    if options.get("alibi_slopes") == "batch":
+        tensors["alibi_slopes"] = (0.05 + torch.rand(B, H, generator=g)).to(real(dtype))
+    return tensors, {n: x for n, x in options.items() if x is not True and x != "batch"}
 
 
 @pytest.mark.parametrize("index", range(len(COMPOSITIONS)))

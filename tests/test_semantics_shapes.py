@@ -264,6 +264,7 @@ VARLEN_OPTIONS: list[dict[str, Any]] = [
     {"causal": "top_left"},
     {"causal": "bottom_right", "window": (4, 1)},
     {"softcap": 1.5, "alibi_slopes": True, "sink": True, "scale": -0.3},
+    {"alibi_slopes": "sequence"},
     {"score": "cosine", "scale": 4.0},
     {"score": "l2", "causal": "bottom_right", "alibi_slopes": True},
 ]
@@ -280,7 +281,10 @@ def test_s07_varlen_is_a_loop_over_sequences(backend: Any, dtype: torch.dtype, H
         for n, h, d in ((sum(n_q), H, 8), (sum(n_k), H_kv, 8), (sum(n_k), H_kv, 12))
     ]
     options = dict(VARLEN_OPTIONS[index])
+    per_sequence = options.get("alibi_slopes") == "sequence"
     extras = {n: torch.rand(H, generator=g).to(real(dtype)) for n in ("alibi_slopes", "sink") if options.pop(n, False)}
+    if per_sequence:
+        extras["alibi_slopes"] = torch.rand(len(n_q), H, generator=g).to(real(dtype))
     x = leaves({"query": base[0], "key": base[1], "value": base[2], **extras})
     result = backend.varlen_attention(
         x["query"], x["key"], x["value"], cu_q, cu_k, 70, 130, return_lse=True, **options, **{n: x[n] for n in extras}
@@ -292,7 +296,8 @@ def test_s07_varlen_is_a_loop_over_sequences(backend: Any, dtype: torch.dtype, H
         rows, columns = slice(cu_q[b], cu_q[b + 1]), slice(cu_k[b], cu_k[b + 1])
         one = oracle(
             y["query"][rows].transpose(0, 1)[None], y["key"][columns].transpose(0, 1)[None],
-            y["value"][columns].transpose(0, 1)[None], **options, **{n: y[n] for n in extras},
+            y["value"][columns].transpose(0, 1)[None], **options,
+            **{n: y[n][b : b + 1] if y[n].dim() == 2 else y[n] for n in extras},
         )  # fmt: skip
         outputs.append(one.output[0].transpose(0, 1))
         lses.append(one.lse[0])
@@ -308,3 +313,31 @@ def test_s07_varlen_is_a_loop_over_sequences(backend: Any, dtype: torch.dtype, H
     for have_grad, want_grad in zip(*grads):
         size = want_grad.abs().max().clamp_min(1).item()
         torch.testing.assert_close(have_grad.double(), want_grad, rtol=rtol, atol=2 * rtol * size)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_s07_jagged_nested_tensors(isa: str, dtype: torch.dtype, causal: bool) -> None:
+    """Jagged [B, H, j, D] goes through the varlen path: each sample as if alone, forward and backward."""
+    import attnfast
+
+    n_q, n_k = [3, 70, 1], [5, 67, 130]
+    parts = [[torch.randn(n, 2, 8).to(dtype) for n in lengths] for lengths in (n_q, n_k, n_k)]
+    nested = [torch.nested.nested_tensor(p, layout=torch.jagged, requires_grad=True).transpose(1, 2) for p in parts]
+    output = attnfast.scaled_dot_product_attention(*nested, is_causal=causal)
+    assert output.is_nested and output.layout == torch.jagged
+    for b, have in enumerate(output.unbind()):
+        query, key, value = (p[b].double().transpose(0, 1)[None] for p in parts)
+        want = oracle(query, key, value, causal="top_left" if causal else None).output[0]
+        tolerance = {8: 1e-12, 4: 2e-5, 2: 3e-2}[have.element_size()]
+        torch.testing.assert_close(have.double(), want, rtol=0, atol=tolerance)
+    total = sum(x.square().sum() for x in output.unbind())
+    grads = torch.autograd.grad(total, nested)
+    assert len(grads) == 3
+    for b in range(3):
+        wide = [p[b].double().transpose(0, 1)[None].requires_grad_() for p in parts]
+        want = oracle(*wide, causal="top_left" if causal else None).output.square().sum()
+        for have_grad, want_grad in zip(grads, torch.autograd.grad(want, wide)):
+            found = have_grad.unbind()[b].double()
+            torch.testing.assert_close(
+                found, want_grad[0], rtol=0, atol={8: 1e-12, 4: 1e-4, 2: 0.1}[have_grad.element_size()]
+            )

@@ -8,6 +8,20 @@ namespace attnfast {
 
 constexpr double kLog2e = 1.4426950408889634074;
 
+// scale * log2(e) in two factors: a power of two that queries are multiplied with when they are packed, which rounds
+// nothing and keeps products in range, and the rest, applied to finished scores in the one rounding of an FMA.
+struct ScoreScale {
+  double query, score;
+};
+ATTNFAST_HD ScoreScale score_scale(double scale) {
+  double base2 = scale * kLog2e, size = base2 < 0 ? -base2 : base2;
+  if (!(size >= 0x1p-120 && size <= 0x1p120)) return {1.0, base2};
+  double power = 1.0;
+  while (power > size) power *= 0.5;
+  while (power * 2.0 <= size) power *= 2.0;
+  return {power, base2 / power};
+}
+
 ATTNFAST_HD float exp2_real(float x) { return __builtin_exp2f(x); }
 ATTNFAST_HD double exp2_real(double x) { return __builtin_exp2(x); }
 ATTNFAST_HD float log2_real(float x) { return __builtin_log2f(x); }

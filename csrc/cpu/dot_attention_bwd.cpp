@@ -26,11 +26,11 @@ struct Backward {
 
 template <class R>
 struct BackwardScratch {
-  R *queries, *grad_out, *packed, *packed_grad, *minus_lse, *minus_delta, *grad_query;
+  R *queries, *grad_out, *packed, *packed_grad, *minus_lse, *minus_log, *minus_delta, *grad_query;
   R *keys, *values, *P, *S, *keep, *slope, *extra, *clean, *rows, *score;
   static int64_t size(const Backward<R>& f, int panels) {
     int64_t W = kPanel<R>, T = kKeyTile, both = f.depth_pad + f.value_pad, larger = T > W ? T : W;
-    return panels * W * (2 * both + 2 + f.depth_pad) + T * both + 5 * T * W + larger * both + W * T +
+    return panels * W * (2 * both + 3 + f.depth_pad) + T * both + 5 * T * W + larger * both + W * T +
            ScoreScratch<R>::size();
   }
   BackwardScratch(const Backward<R>& f, int panels, R* base) {
@@ -41,7 +41,8 @@ struct BackwardScratch {
     packed_grad = packed + panels * W * f.depth_pad;
     grad_query = packed_grad + panels * W * f.value_pad;
     minus_lse = grad_query + panels * W * f.depth_pad;
-    minus_delta = minus_lse + panels * W;
+    minus_log = minus_lse + panels * W;
+    minus_delta = minus_log + panels * W;
     keys = minus_delta + panels * W;
     values = keys + T * f.depth_pad;
     P = values + T * f.value_pad;
@@ -72,18 +73,21 @@ GradPanel<R> load_panel(const Backward<R>& f, const HeadContext& c, int64_t q0, 
   R* packed = s.packed + slot * W * f.depth_pad;
   R* packed_grad = s.packed_grad + slot * W * f.value_pad;
   R* minus_lse = s.minus_lse + slot * W;
+  R* minus_log = s.minus_log + slot * W;
   R* minus_delta = s.minus_delta + slot * W;
   GradPanel<R> panel;
   panel.queries =
       get_rows<R>(p.query, c.query_offset(p.query, q0), nq, p.head_size, true, s.queries + slot * W * f.depth_pad);
   panel.grad_out = get_rows<R>(p.grad_out, c.query_offset(p.grad_out, q0), nq, p.value_size, true,
                                s.grad_out + slot * W * f.value_pad);
-  pack_transposed<R>(panel.queries, nq, p.head_size, packed, R(p.scale * kLog2e));
+  pack_transposed<R>(panel.queries, nq, p.head_size, packed, R(score_scale(p.scale).query));
   pack_transposed<R>(panel.grad_out, nq, p.value_size, packed_grad, grad_scale);
   load_panel_lse<R>(c, q0, nq, minus_lse);
+  ScoreScratch<R> score_scratch(s.score);
+  bool split = split_huge_lse<R>(c, q0, nq, packed, minus_lse, minus_log, s.keys, s.P, score_scratch);
   const R* delta = static_cast<const R*>(p.delta) + c.row(q0);
   for (int q = 0; q < W; q++) minus_delta[q] = q < nq ? -grad_scale * delta[q] : R(0);
-  panel.query = {q0, nq, packed, minus_lse};
+  panel.query = {q0, nq, packed, minus_lse, split ? minus_log : nullptr};
   panel.packed_grad = packed_grad;
   panel.minus_delta = minus_delta;
   return panel;
@@ -204,6 +208,8 @@ void gradient_range(const Backward<R>& f, int64_t b, int64_t h0, int64_t h1, int
                 panels[j] =
                     load_panel<R>(f, c, q0 + j * W, int(valid - j * W < W ? valid - j * W : W), grad_scale, s, j);
               loaded_panels = true;
+              // Loading may have used the tile's scratch.
+              prepare_tile<R>(c, q0 + i * W, nq, k0, nk, score_scratch, tile);
             }
             if (!loaded) {
               keys = get_rows<R>(p.key, c.key_offset(p.key, k0), nk, p.head_size, QUERIES, s.keys);

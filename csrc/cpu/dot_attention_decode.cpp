@@ -9,8 +9,8 @@ namespace attnfast::ATTNFAST_ISA {
 namespace {
 
 constexpr int64_t kDecodeChunk = 256;  // keys, then their values: long runs of one stream
-constexpr int64_t kDecodeAhead = 32;  // keys between what is computed and what is prefetched
-constexpr int64_t kSplitKeys = 512;   // at least this many keys a split
+constexpr int64_t kDecodeAhead = 32;   // keys between what is computed and what is prefetched
+constexpr int64_t kSplitKeys = 512;    // at least this many keys a split
 constexpr int64_t kMinTasks = 16;
 
 template <class R>
@@ -18,7 +18,7 @@ struct Decode {
   const DotAttentionParams* p;
   int64_t splits, share;
   R *partial_out, *partial_max, *partial_sum;  // [head][split]
-  R scale2;
+  R query_scale, score_scale;
 };
 
 // Lane i of the result is the sum of the lanes of r[i]: each step adds pairs of rows while it interleaves them, which
@@ -85,7 +85,7 @@ void decode_task(const Decode<R>& f, int64_t task) {
   if (end > (split + 1) * f.share) end = (split + 1) * f.share;
   if (begin < end) {
     load_rows<R>(p.query, c.query_offset(p.query, 0), 1, depth, query, depth);
-    for (int64_t d = 0; d < depth; d += N) store(query + d, load(query + d) * f.scale2);
+    for (int64_t d = 0; d < depth; d += N) store(query + d, load(query + d) * f.query_scale);
   }
   const T* keys = static_cast<const T*>(p.key.data) + c.key_offset(p.key, 0);
   const T* values = static_cast<const T*>(p.value.data) + c.key_offset(p.value, 0);
@@ -105,7 +105,7 @@ void decode_task(const Decode<R>& f, int64_t task) {
         for (int64_t d = N; d < depth; d += N) a += load_as<R>(k + d) * load(query + d);
         dot[r] = a;
       }
-      store(weight + i, sum_of_rows<1, R>(dot));
+      store(weight + i, sum_of_rows<1, R>(dot) * f.score_scale);
     }
     for (int i = 0; i < n; i++) {
       if (masked) weight[i] = add[i] == -infinity<R>() ? -infinity<R>() : weight[i] + add[i];
@@ -191,7 +191,9 @@ template <class R, class T>
 void decode(const DotAttentionParams& p) {
   Decode<R> f{};
   f.p = &p;
-  f.scale2 = R(p.scale * kLog2e);
+  ScoreScale scale = score_scale(p.scale);
+  f.query_scale = R(scale.query);
+  f.score_scale = R(scale.score);
   int64_t heads = p.batch * p.heads;
   f.splits = 1;
   if (heads > 0 && heads < kMinTasks && p.key_tokens >= 2 * kSplitKeys) {

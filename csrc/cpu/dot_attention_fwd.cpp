@@ -1,7 +1,7 @@
 // Forward of the dot core: blocks of up to four query panels pass over the keys once, with an online softmax in base 2.
 //
-// The maximum is lazy: a panel's accumulators start at minus the maximum of its first visible tile, the exponential is
-// taken while scores are still in registers, and only if a row sum passes 2^40 is the tile redone with its true
+// The maximum is lazy: scores are shifted by the maximum of the panel's first visible tile, the exponential is taken
+// while they are still in registers, and only if a row sum passes 2^40 is the tile redone with its true
 // maximum. When there are few blocks the keys are split as well and the partial states merged in order; the split
 // depends on shapes alone, so results do not depend on the number of threads.
 #include "dot_attention.h"
@@ -31,7 +31,7 @@ struct Forward {
   int panels;                                  // per block
   R *partial_out, *partial_max, *partial_sum;  // [splits][rows]..., only if splits > 1
   int64_t depth_pad, value_pad, rows_total;
-  R scale2;  // scale * log2(e), folded into the packed queries
+  R query_scale;
 };
 
 template <class R>
@@ -63,19 +63,23 @@ __attribute__((noinline)) void exact_step(const HeadContext& c, const ScoreTile<
   constexpr int N = kLanes<R>, W = kPanel<R>;
   int vectors = (tile.nq + N - 1) / N;
   raw_scores<R>(keys, c.p->head_size, packed, P, tile.nk, vectors, tile.bands_or_null());
-  if (c.p->softcap > 0) apply_softcap<R>(P, tile.nk, vectors, c.p->softcap, nullptr);
+  bool capped = c.p->softcap > 0, plain = !tile.add && !tile.limited;
+  if (capped) apply_softcap<R>(*c.p, P, tile.nk, vectors, nullptr);
+  R factor = capped ? R(1) : R(score_scale(c.p->scale).score);
   state.lazy = true;
   for (int j = 0; j < vectors; j++) {
     Vec<R> old_sum = load(state.sum + N * j);
     Vec<R> old = old_sum == R(0) ? splat(-infinity<R>()) : -load(state.minus_max + N * j), maximum = old;
     for (int k = 0; k < tile.nk; k++) {
-      Vec<R> x = tile.modify(load(P + k * W + N * j), k, j);
-      store(P + k * W + N * j, x);
+      Vec<R> x = load(P + k * W + N * j) * factor;
+      if (!plain) x = tile.modify(x, k, j);
       maximum = x > maximum ? x : maximum;
     }
     Vec<R> base = maximum == -infinity<R>() ? Vec<R>{} : maximum, sum{};
     for (int k = 0; k < tile.nk; k++) {
-      Vec<R> e = exp2v<R>(load(P + k * W + N * j) - base);
+      // Scaled and shifted in one rounding, before anything is added: exact where it matters, near the maximum.
+      Vec<R> x = load(P + k * W + N * j) * factor - base;
+      Vec<R> e = exp2v<R>(plain ? x : tile.modify(x, k, j));
       sum += e;
       store(P + k * W + N * j, e);
     }
@@ -104,9 +108,12 @@ __attribute__((noinline)) bool lazy_step(const HeadContext& c, const ScoreTile<R
   for (int j = 0; j < vectors; j++) store(sums + N * j, Vec<R>{});
   const R* table = exp2_table<R>();
   bool plain = !tile.add && !tile.limited;
-  score_product<R>(keys, c.p->head_size, packed, state.minus_max, P, tile.nk, vectors, tile.bands_or_null(), R(0),
+  R factor = R(score_scale(c.p->scale).score);
+  score_product<R>(keys, c.p->head_size, packed, nullptr, P, tile.nk, vectors, tile.bands_or_null(), R(0),
                    [&](auto m, auto& x, int r, int j) ATTNFAST_LAMBDA {
                      constexpr int M = decltype(m)::value;
+                     Vec<R> shift = load(state.minus_max + N * j);
+                     ATTNFAST_UNROLL for (int i = 0; i < M; i++) x[i] = x[i] * factor + shift;
                      if (!plain) {
                        ATTNFAST_UNROLL for (int i = 0; i < M; i++) x[i] = tile.modify(x[i], r + i, j);
                      }
@@ -198,7 +205,7 @@ void forward_task(const Forward<R>& f, int64_t task) {
           for (int j = 0; j < panels && j * W < valid; j++) {
             int count = int(valid - j * W < W ? valid - j * W : W);
             Rows<R> q = get_rows<R>(p.query, c.query_offset(p.query, q0 + j * W), count, p.head_size, true, s.queries);
-            pack_transposed<R>(q, count, p.head_size, s.packed + j * W * f.depth_pad, f.scale2);
+            pack_transposed<R>(q, count, p.head_size, s.packed + j * W * f.depth_pad, f.query_scale);
           }
           packed = true;
         }
@@ -284,7 +291,7 @@ void forward(const DotAttentionParams& params) {
   }
   f.depth_pad = padded<R>(p.head_size);
   f.value_pad = padded<R>(p.value_size);
-  f.scale2 = R(p.scale * kLog2e);
+  f.query_scale = R(score_scale(p.scale).query);
   int64_t longest_q = p.query_tokens, longest_k = p.key_tokens;
   if (p.cu_seqlens_q) {
     longest_q = longest_k = 0;

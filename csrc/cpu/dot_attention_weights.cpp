@@ -17,11 +17,11 @@ struct WeightsPass {
 
 template <class R>
 struct WeightsScratch {
-  R *rows, *packed, *minus_lse, *keys, *P, *keep, *out, *transposed, *maximum, *sums, *score;
+  R *rows, *packed, *minus_lse, *minus_log, *keys, *P, *keep, *out, *transposed, *maximum, *sums, *score;
   int64_t* index;
   static int64_t size(int64_t depth_pad) {
     int64_t W = kPanel<R>, T = kKeyTile;
-    return 2 * W * depth_pad + 2 * W + T * depth_pad + 3 * T * W + W * T + T * kTilesPerTask + ScoreScratch<R>::size() +
+    return 2 * W * depth_pad + 3 * W + T * depth_pad + 3 * T * W + W * T + T * kTilesPerTask + ScoreScratch<R>::size() +
            W * int64_t(sizeof(int64_t) / sizeof(R));
   }
   WeightsScratch(int64_t depth_pad, R* base) {
@@ -30,7 +30,8 @@ struct WeightsScratch {
     rows = base + W * int64_t(sizeof(int64_t) / sizeof(R));
     packed = rows + W * depth_pad;
     minus_lse = packed + W * depth_pad;
-    maximum = minus_lse + W;
+    minus_log = minus_lse + W;
+    maximum = minus_log + W;
     keys = maximum + W;
     P = keys + T * depth_pad;
     keep = P + T * W;
@@ -52,9 +53,10 @@ void for_weight_tiles(const HeadContext& c, const WeightsScratch<R>& s, int64_t 
   if (begin >= end) return;
   ScoreScratch<R> score_scratch(s.score);
   Rows<R> q = get_rows<R>(p.query, c.query_offset(p.query, q0), nq, p.head_size, true, s.rows);
-  pack_transposed<R>(q, nq, p.head_size, s.packed, R(p.scale * kLog2e));
+  pack_transposed<R>(q, nq, p.head_size, s.packed, R(score_scale(p.scale).query));
   load_panel_lse<R>(c, q0, nq, s.minus_lse);
-  QueryPanel<R> panel{q0, nq, s.packed, s.minus_lse};
+  bool split = split_huge_lse<R>(c, q0, nq, s.packed, s.minus_lse, s.minus_log, s.keys, s.P, score_scratch);
+  QueryPanel<R> panel{q0, nq, s.packed, s.minus_lse, split ? s.minus_log : nullptr};
   for (int64_t k0 = begin; k0 < end; k0 += kKeyTile) {
     int nk = int(end - k0 < kKeyTile ? end - k0 : kKeyTile);
     ScoreTile<R> tile;
