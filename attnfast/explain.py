@@ -72,7 +72,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
         raise TypeError(f"fn: expected one of attnfast's functions {names}, got {getattr(fn, '__name__', fn)!r}")
     with torch.random.fork_rng(devices=[]):  # preparing a call draws its dropout seed
         call = prepare(*args, **kwargs)
-    *tensors, options, _ = call.arguments
+    *tensors, options, return_lse = call.arguments
     lines = [_headline(fn, call)]
     if fn.__module__ == reference.__name__:
         return "\n".join([*lines, "kernel: none; attnfast.reference is plain PyTorch by definition"])
@@ -80,7 +80,8 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     lines.append(f"route: {route}, {_ROUTES[route]}")
     if route == "reference":
         return "\n".join([*lines, "kernel: none"])
-    lines += _kernel(tensors, options)
+    need_lse = return_lse or options.weights_mode != 0 or route != "kernel"
+    lines += _kernel(tensors, options, need_lse)
     lines += _preparation(kwargs.get("score", "scaled_dot"))
     return "\n".join(lines)
 
@@ -92,7 +93,7 @@ def _headline(fn: Callable[..., Any], call: _prepare.Call) -> str:
     return f"{fn.__name__}: {shapes}, {str(call.dtype).removeprefix('torch.')}{packed}"
 
 
-def _kernel(tensors: list[Any], options: DotAttentionOptions) -> list[str]:
+def _kernel(tensors: list[Any], options: DotAttentionOptions, need_lse: bool) -> list[str]:
     query, key, value, bias, bias2, sink = tensors
     dtype = str(query.dtype).removeprefix("torch.")
     real = str(reference.real_dtype(query.dtype)).removeprefix("torch.")
@@ -108,6 +109,8 @@ def _kernel(tensors: list[Any], options: DotAttentionOptions) -> list[str]:
     biases = (_detached(bias), _detached(bias2))
     modifiers: list[Any] = [mask, *biases, *options[1:5], alibi, _detached(sink), *options[6:13]]
     obstacle = _C.dot_attention_decode_obstacle(query.detach(), key.detach(), value.detach(), *modifiers)
+    if obstacle is None and need_lse:
+        obstacle = "lse is wanted (returned, for weights or for a gradient), and must match the scores of tiles"
     name = "decode kernel (streams keys and values once)" if obstacle is None else "tile kernel"
     if options.cu_seqlens_q is not None:
         name = "tile kernel over packed sequences"

@@ -26,6 +26,11 @@ ATTNFAST_HD float exp2_real(float x) { return __builtin_exp2f(x); }
 ATTNFAST_HD double exp2_real(double x) { return __builtin_exp2(x); }
 ATTNFAST_HD float log2_real(float x) { return __builtin_log2f(x); }
 ATTNFAST_HD double log2_real(double x) { return __builtin_log2(x); }
+// maximum + log2(sum): the terms often cancel, so they are added in double and rounded once.
+template <class R>
+ATTNFAST_HD R lse_of(R maximum, R sum) {
+  return R(double(maximum) + __builtin_log2(double(sum)));
+}
 
 template <class R>
 struct SoftmaxState {
@@ -42,11 +47,11 @@ struct SoftmaxResult {
 template <class R>
 ATTNFAST_HD SoftmaxResult<R> close_row(SoftmaxState<R> s, bool has_sink, R sink) {
   if (s.sum == R(0)) return {R(0), has_sink ? sink : -R(__builtin_inf())};
-  if (!has_sink || sink == -R(__builtin_inf())) return {R(1) / s.sum, s.maximum + log2_real(s.sum)};
+  if (!has_sink || sink == -R(__builtin_inf())) return {R(1) / s.sum, lse_of(s.maximum, s.sum)};
   R m = sink > s.maximum ? sink : s.maximum;
   R scale = exp2_real(s.maximum - m);
   R total = s.sum * scale + exp2_real(sink - m);
-  return {scale / total, m + log2_real(total)};
+  return {scale / total, lse_of(m, total)};
 }
 
 }  // namespace attnfast

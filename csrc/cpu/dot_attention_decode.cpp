@@ -1,6 +1,6 @@
 // Decode: one query per head. The work is one pass over keys and values, so the kernel streams them: lanes run along D,
 // 16 (8) key rows are reduced at once, half types are widened in registers. Long key rows are split, the split chosen
-// from shapes alone, and partial states are merged in order.
+// from shapes alone, and partial states are merged in order. For inference only: see the end of the file.
 #include "dot_attention.h"
 #include "parallel.h"
 #include "score_tile.h"
@@ -235,7 +235,9 @@ const char* dot_attention_decode_obstacle(const DotAttentionParams& p) {
 }
 
 bool dot_attention_decode(const DotAttentionParams& p) {
-  if (dot_attention_decode_obstacle(p)) return false;
+  // Who asks for lse recomputes scores in tiles later, whose rounding differs from a row reduction's: with scores in
+  // the hundreds the two would not cancel.
+  if (p.lse || dot_attention_decode_obstacle(p)) return false;
   switch (p.query.dtype) {
     case DType::kFloat64:
       decode<double, double>(p);
