@@ -99,7 +99,12 @@ def test_s14_output_is_weights_times_value(backend: Any, dtype: torch.dtype, pat
     torch.testing.assert_close(result.weights.double() @ value, result.output.double(), rtol=0, atol=atol)
     true = backend.attention(*inputs.values(), return_weights="full", causal="bottom_right")
     assert torch.equal(true.weights, result.weights)
-    assert torch.equal(backend.attention(*inputs.values(), causal="bottom_right"), result.output)
+    alone = backend.attention(*inputs.values(), causal="bottom_right")
+    if "decode" in path:  # without weights one query per head has a kernel of its own, which sums in another order
+        ulps = {8: 1e-14, 4: 1e-6, 2: 1e-2}[alone.element_size()]
+        torch.testing.assert_close(alone, result.output, rtol=ulps, atol=ulps)
+    else:
+        assert torch.equal(alone, result.output)
 
 
 @pytest.mark.parametrize("which", ["full", "column_sum", "row_max"])
