@@ -335,14 +335,6 @@ template <class R>
 ATTNFAST_INLINE void transpose(Vec<R>* r) {
   transpose_step<1, R>(r);
 }
-// Lane i of the result is the sum of the lanes of r[i].
-template <class R>
-ATTNFAST_INLINE Vec<R> sum_rows(Vec<R>* r) {
-  transpose<R>(r);
-  ATTNFAST_UNROLL for (int s = kLanes<R> / 2; s > 0; s /= 2) ATTNFAST_UNROLL for (int i = 0; i < s; i++) r[i] +=
-      r[i + s];
-  return r[0];
-}
 
 }  // namespace
 }  // namespace attnfast::ATTNFAST_ISA
