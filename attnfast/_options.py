@@ -1,9 +1,10 @@
-"""What one call of the dot core is told beside its six differentiable tensors."""
+"""What one call of the dot core is told beside its six differentiable tensors, and where dropout's seed comes from."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 WEIGHTS_NONE, WEIGHTS_FULL, WEIGHTS_COLUMN_SUM, WEIGHTS_ROW_MAX = range(4)
@@ -65,3 +66,8 @@ class PlainOptions(DotAttentionOptions):
         self.backward_tail: tuple[Any, ...] = (None, None, None, *modifiers, *scalars)
         if any(x is not None for x in self[:N_OPTION_TENSORS]) or self.weights_mode or self.dropout_p:
             raise ValueError("PlainOptions: only scale and causal may be chosen")
+
+
+def draw_seed() -> Tensor:
+    """int64 ``[2]``: a (seed, offset) pair from torch's CPU generator, so that ``torch.manual_seed`` rules."""
+    return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64)

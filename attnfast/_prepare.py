@@ -6,7 +6,6 @@ become plain dot products of prepared queries and keys.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from attnfast import _validate as check
+from attnfast._scores import l2_operands
 from attnfast.ops import DotAttentionOptions, draw_seed
 from attnfast.reference import AttentionOutput, real_dtype, unit_vectors
 
@@ -267,29 +267,6 @@ def _sink(x: Tensor, heads: int, real: torch.dtype) -> Tensor:
     return x.to(real).resolve_neg().contiguous()
 
 
-def _l2_operands(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys with two more columns, so that their dot product is ``-|q - k|^2`` exactly.
-
-    ``[2q, -|q|^2, 1] . [k, 1, -|k|^2]``. Both are centred on the keys' mean first (the score does not depend on the
-    origin), since squared norms cancel. A non-finite row becomes NaN and passes its gradient through unchanged, so that
-    the zero gradient of a masked row stays zero.
-    """
-    finite_k = key.detach().isfinite().all(-1, keepdim=True)
-    finite_q = query.detach().isfinite().all(-1, keepdim=True)
-    safe_k, safe_q = key.where(finite_k, 0.0), query.where(finite_q, 0.0)
-    if key.shape[2] > 0:
-        center = safe_k.detach().sum(2, keepdim=True) / finite_k.sum(2, keepdim=True).clamp_min(1)
-        safe_k = safe_k - center
-        groups = query.shape[1] // max(center.shape[1], 1)
-        safe_q = safe_q - (center if groups == 1 else center.repeat_interleave(groups, 1))
-    one_q, one_k = torch.ones_like(safe_q[..., :1]), torch.ones_like(safe_k[..., :1])
-    columns_q = torch.cat([2.0 * safe_q, -safe_q.square().sum(-1, keepdim=True), one_q], -1)
-    columns_k = torch.cat([safe_k, one_k, -safe_k.square().sum(-1, keepdim=True)], -1)
-    bad_q = torch.nn.functional.pad(query, (0, 2)) + math.nan
-    bad_k = torch.nn.functional.pad(key, (0, 2)) + math.nan
-    return torch.where(finite_q, columns_q, bad_q), torch.where(finite_k, columns_k, bad_k)
-
-
 # --- the whole call -------------------------------------------------------------------------------------------------
 
 
@@ -381,7 +358,7 @@ def _call(
     if score == "cosine":
         query, key = unit_vectors(query).to(dtype), unit_vectors(key).to(dtype)
     elif score == "l2":
-        query, key = _l2_operands(query.to(real), key.to(real))
+        query, key = l2_operands(query.to(real), key.to(real))
         value = value.to(real)
     arguments = (query, key, value, bias1, bias2, logit, options, return_lse)
     leading = None if packed else () if matrix else (*batch, heads)

@@ -29,6 +29,7 @@ from attnfast._options import (
     WEIGHTS_ROW_MAX,
     DotAttentionOptions,
     PlainOptions,
+    draw_seed,
 )
 
 __all__ = [
@@ -51,11 +52,6 @@ __all__ = [
 LN2 = math.log(2.0)
 N_FWD_TENSORS = 6  # query, key, value, bias, bias2, sink
 N_BWD_TENSORS = 14  # grad_out ... sink, needs
-
-
-def draw_seed() -> Tensor:
-    """Draw the (seed, offset) pair of one dropout call from torch's CPU generator, so that torch.manual_seed rules."""
-    return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64)
 
 
 # The dtype that a kernel accumulates in, and that lse has.

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from attnfast._options import DotAttentionOptions, draw_seed
 from attnfast._reference_core import CAUSAL_CODES, attend, real_dtype, unit_vectors  # noqa: F401 (part of the specification)
 
 WEIGHTS_MODES = {False: 0, True: 1, "full": 1, "column_sum": 2, "row_max": 3}
@@ -41,28 +42,9 @@ class AttentionOutput(NamedTuple):
     weights: Tensor | None
 
 
-class _Options(NamedTuple):
-    """The fields of ``ops.DotAttentionOptions``, which :func:`dot_attention` accepts as well (duck typing)."""
-
-    mask: Tensor | None = None
-    query_lengths: Tensor | None = None
-    key_lengths: Tensor | None = None
-    cu_seqlens_q: Tensor | None = None
-    cu_seqlens_k: Tensor | None = None
-    alibi_slopes: Tensor | None = None
-    seed: Tensor | None = None
-    scale: float = 1.0
-    softcap: float = 0.0
-    dropout_p: float = 0.0
-    causal: int = 0
-    window_left: int = -1
-    window_right: int = -1
-    weights_mode: int = 0
-
-
 def dot_attention(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, bias2: Tensor | None, sink: Tensor | None,
-    options: Any, return_lse: bool, rows: tuple[int, int] | None = None,
+    options: DotAttentionOptions, return_lse: bool, rows: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     r"""The dot core on 4-D tensors, with the signature and results of ``autograd.dot_attention``.
 
@@ -86,8 +68,7 @@ def dot_attention(
         Broadcastable to ``[B, H, T_q, T_k]``.
     sink : Tensor or None
         ``[H]``, a logit that takes part in the denominator only.
-    options : ops.DotAttentionOptions
-        Or any object with its fields.
+    options : DotAttentionOptions
     return_lse : bool
         Also return lse ``[B, H, T_q]``.
     rows : tuple of int, optional
@@ -165,7 +146,7 @@ def attention(
     if dropout_p > 0 and dropout_seed is None:
         dropout_seed = draw_seed()
     left, right = (-1, -1) if window is None else window
-    options = _Options(
+    options = DotAttentionOptions(
         _fold(mask, batch, False) if boolean else None, lengths[0], lengths[1], None, None,
         _fold_slopes(alibi_slopes, batch), dropout_seed,
         _scale(score, scale, query.shape[-1]), softcap, dropout_p, CAUSAL_CODES[causal], left, right,
@@ -184,11 +165,6 @@ def attention(
     if weights is not None and options.weights_mode == 1:
         weights = weights.to(query.dtype)
     return AttentionOutput(out, unfold(lse), unfold(weights))
-
-
-def draw_seed() -> Tensor:
-    """int64 ``[2]``: a (seed, offset) pair from torch's default generator, so that ``torch.manual_seed`` rules."""
-    return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64)
 
 
 def scaled_dot_product_attention(
@@ -233,7 +209,7 @@ def varlen_attention(
     if dropout_p > 0 and dropout_seed is None:
         dropout_seed = draw_seed()
     left, right = (-1, -1) if window is None else window
-    options = _Options(
+    options = DotAttentionOptions(
         _fold(mask, (), False) if boolean else None, None, None, cu_seqlens_q.long(), cu_seqlens_k.long(),
         _fold_slopes(alibi_slopes, (cu_seqlens_q.shape[0] - 1,)), dropout_seed,
         _scale(score, scale, query.shape[-1]), softcap, dropout_p, CAUSAL_CODES[causal], left, right,

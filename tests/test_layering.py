@@ -104,6 +104,7 @@ LAYERS = {
     "_vmap": 2,
     "functional": 3,
     "_prepare": 3,
+    "_scores": 3,
     "_validate": 3,
     "explain": 4,
     "nn": 5,
@@ -116,7 +117,7 @@ LAYERS = {
     "__main__": 9,
 }
 # The specification stands alone; the binary is reached by ops, and by what reports on it or chooses its variant.
-REFERENCE = {"reference", "_reference_core"}
+REFERENCE = {"reference", "_reference_core", "_options"}
 MAY_USE_BINARY = {"ops", "explain", "__init__", "cli", "benchmarks"}
 
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnfast import reference
+from attnfast._options import DotAttentionOptions
 
 F64 = torch.float64
 NAN, INF = math.nan, math.inf
@@ -579,7 +580,7 @@ def test_unit_vectors_of_extreme_rows() -> None:
 def test_blocks_of_rows_are_rows_of_the_whole() -> None:
     """What second derivatives rely on: `rows` of dot_attention."""
     q, k, v = operands(2, 2, 1, 6, 5, 3, 2)
-    options = reference._Options(
+    options = DotAttentionOptions(
         mask=random_mask(2, 1, 6, 5), query_lengths=torch.tensor([5, 6]), key_lengths=torch.tensor([4, 5]),
         alibi_slopes=rand(1, 2).abs(), seed=torch.tensor([3, 4]), scale=0.5, dropout_p=0.3, causal=2, window_left=3,
         weights_mode=1,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,8 @@ from ._benchmarks import load_benchmarks
 if TYPE_CHECKING:
     from rich.console import Console
 
+_LINE_S = 30.0  # between two lines of progress where no bar can be shown
+_INTERRUPTED = 130  # the shell's exit status of a command that Ctrl-C ended
 _NEEDED = {"rich": "rich", "matplotlib": "matplotlib", "sklearn": "scikit-learn"}
 
 
@@ -81,16 +85,19 @@ def run(arguments: argparse.Namespace) -> int:
     earlier = _read(arguments.compare) if arguments.compare else None  # a wrong path should not cost the whole run
     if arguments.readme and not arguments.readme.is_file():
         raise CommandError(f"--readme: there is no file {arguments.readme}")
+    interrupted = False
     if arguments.source:
         rows = _read(arguments.source)
     else:
-        rows = _measure(arguments, suites, threads, console)
+        rows, interrupted = _measure(arguments, suites, threads, console)
     report.print_report(rows, console)
     if earlier is not None:
         console.print()
         load_benchmarks("compare").print_comparison(rows, earlier, console)
     if not arguments.source:
         _save(rows, arguments.out, console)
+    if interrupted:
+        return _INTERRUPTED
     if arguments.readme:
         try:
             report.write_readme(arguments.readme, rows)
@@ -101,7 +108,10 @@ def run(arguments: argparse.Namespace) -> int:
     return int(any(row.peer == registry.OURS and row.status != results.OK for row in rows))
 
 
-def _measure(arguments: argparse.Namespace, suites: tuple[str, ...], threads: tuple[int, ...], console: Console) -> Any:
+def _measure(
+    arguments: argparse.Namespace, suites: tuple[str, ...], threads: tuple[int, ...], console: Console
+) -> tuple[Any, bool]:
+    """The rows, and whether Ctrl-C ended the run before the last of them."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -124,18 +134,29 @@ def _measure(arguments: argparse.Namespace, suites: tuple[str, ...], threads: tu
     )
     with Progress(*columns, console=console, transient=True, refresh_per_second=2) as progress:
         task = progress.add_task("starting", total=plan.total())
-        started = False
+        started, interrupted, last_line = False, False, time.monotonic()
 
         def advance(text: str) -> None:
-            nonlocal started
+            nonlocal started, last_line
             progress.update(task, description=text or "done", advance=1 if started else 0)
             started = True
+            # A file or a pipe shows no bar: a line now and then instead.
+            if not console.is_terminal and time.monotonic() - last_line > _LINE_S:
+                last_line = time.monotonic()
+                print(f"{progress.tasks[task].completed:.0f} of {plan.total()}: {text or 'done'}", file=sys.stderr)
 
         execution = runner.Run(plan, advance)
-        rows = execution.execute()
+        try:
+            execution.execute()
+        except KeyboardInterrupt:
+            if not execution.rows:
+                raise
+            interrupted = True
+    if interrupted:
+        console.print("Interrupted: these are the rows measured so far.", style="yellow")
     if execution.left_out:
         console.print(f"Left out for lack of time: {', '.join(execution.left_out)}.", style="yellow", markup=False)
-    return rows
+    return execution.rows, interrupted
 
 
 def _save(rows: Any, folder: Path, console: Console) -> None:

@@ -4,7 +4,9 @@
 // Two schedules give bitwise equal results, because both add the same tile products in the same order:
 //   one pass, a task per key head: five products a tile;
 //   two passes, for fewer heads than threads: a task per key range for dK and dV, one per query block for dQ; seven.
-// Bias gradients are a pass of their own whose tasks own disjoint parts of the result: no atomics, one fixed order.
+// The gradient of a bias is added to by whatever forms dS, if no other task adds to the same elements; else (a bias that
+// heads or samples share, a soft cap between it and dS) by a pass of its own whose tasks own disjoint parts. Either way
+// the elements are summed in one fixed order, without atomics.
 #include "dot_attention.h"
 #include "dot_tile.h"
 #include "parallel.h"
@@ -60,14 +62,14 @@ struct BackwardScratch {
 template <class R>
 struct GradPanel {
   QueryPanel<R> query;
-  const R* packed_grad;  // dO^T [D_v][panel], times grad_scale
-  const R* minus_delta;  // [panel], times grad_scale
+  const R* packed_grad;  // dO^T [D_v][panel]
+  const R* minus_delta;  // [panel]
   Rows<R> queries, grad_out;
 };
 
 template <class R>
-GradPanel<R> load_panel(const Backward<R>& f, const HeadContext& c, int64_t q0, int nq, R grad_scale,
-                        const BackwardScratch<R>& s, int slot) {
+GradPanel<R> load_panel(const Backward<R>& f, const HeadContext& c, int64_t q0, int nq, const BackwardScratch<R>& s,
+                        int slot) {
   constexpr int W = kPanel<R>;
   const DotAttentionParams& p = *f.p;
   R* packed = s.packed + slot * W * f.depth_pad;
@@ -81,12 +83,12 @@ GradPanel<R> load_panel(const Backward<R>& f, const HeadContext& c, int64_t q0, 
   panel.grad_out = get_rows<R>(p.grad_out, c.query_offset(p.grad_out, q0), nq, p.value_size, true,
                                s.grad_out + slot * W * f.value_pad);
   pack_transposed<R>(panel.queries, nq, p.head_size, packed, R(score_scale(p.scale).query));
-  pack_transposed<R>(panel.grad_out, nq, p.value_size, packed_grad, grad_scale);
+  pack_transposed<R>(panel.grad_out, nq, p.value_size, packed_grad, R(1));
   load_panel_lse<R>(c, q0, nq, minus_lse);
   ScoreScratch<R> score_scratch(s.score);
   bool split = split_huge_lse<R>(c, q0, nq, packed, minus_lse, minus_log, s.keys, s.P, score_scratch);
   const R* delta = static_cast<const R*>(p.delta) + c.row(q0);
-  for (int q = 0; q < W; q++) minus_delta[q] = q < nq ? -grad_scale * delta[q] : R(0);
+  for (int q = 0; q < W; q++) minus_delta[q] = q < nq ? -delta[q] : R(0);
   panel.query = {q0, nq, packed, minus_lse, split ? minus_log : nullptr};
   panel.packed_grad = packed_grad;
   panel.minus_delta = minus_delta;
@@ -112,11 +114,11 @@ void weight_gradient_tile(const HeadContext& c, const ScoreTile<R>& tile, R* row
   }
 }
 
-// Fills S with grad_scale * dS and P with the applied probabilities of one tile. through_cap: dS with respect to the
+// Fills S with dS and P with the applied probabilities of one tile. through_cap: dS with respect to the
 // score before the soft cap (for queries and keys), else after it (for a bias, which is added there).
 template <class R>
 __attribute__((noinline)) void gradient_tile(const HeadContext& c, const ScoreTile<R>& tile, Rows<R> keys,
-                                             Rows<R> values, const GradPanel<R>& panel, R grad_scale, bool through_cap,
+                                             Rows<R> values, const GradPanel<R>& panel, bool through_cap,
                                              const BackwardScratch<R>& s) {
   constexpr int N = kLanes<R>, W = kPanel<R>;
   const DotAttentionParams& p = *c.p;
@@ -145,13 +147,70 @@ __attribute__((noinline)) void gradient_tile(const HeadContext& c, const ScoreTi
     for (int j = 0; j < vectors; j++) {
       int64_t i = k * W + N * j;
       Vec<R> x = load(S + i), w = load(P + i);
-      if (p.grad_weights.data) x += load(s.extra + i) * grad_scale;
+      if (p.grad_weights.data) x += load(s.extra + i);
       if (p.dropout_p > 0) x *= load(s.keep + i);
       Vec<R> y = w * (x + load(panel.minus_delta + N * j));
       if (p.softcap > 0 && through_cap) y *= load(s.slope + i);
       store(S + i, w == R(0) ? Vec<R>{} : y);
       if (p.dropout_p > 0) store(P + i, w * load(s.keep + i));
     }
+}
+
+// ---------------------------------------------------------------- gradient of a bias
+template <class R>
+void add_row(const R* src, int count, R* dst, int64_t stride) {
+  constexpr int N = kLanes<R>;
+  int k = 0;
+  if (stride == 1)
+    for (; k + N <= count; k += N) store(dst + k, load(dst + k) + load(src + k));
+  for (; k < count; k++) dst[k * stride] += src[k];
+}
+
+// Adds a tile of dS into the gradient, summing over broadcast axes inside the tile first.
+template <class R>
+__attribute__((noinline)) void add_bias_gradient(const HeadContext& c, const Tensor4& grad, const ScoreTile<R>& tile,
+                                                 const BackwardScratch<R>& s) {
+  constexpr int W = kPanel<R>, N = kLanes<R>;
+  R* base = static_cast<R*>(grad.data) +
+            offset4(grad, c.s.tensor_batch, c.h, c.s.query_begin + tile.q0, c.s.key_begin + tile.k0);
+  int64_t q_stride = grad.stride[2], k_stride = grad.stride[3];
+  if (q_stride != 0 && k_stride != 0) {
+    for (int k = 0; k < tile.nk; k += W) {
+      int count = tile.nk - k < W ? tile.nk - k : W;
+      pack_transposed<R>({s.S + k * W, W}, count, tile.nq, s.extra, R(1));
+      for (int q = 0; q < tile.nq; q++) add_row<R>(s.extra + q * W, count, base + q * q_stride + k * k_stride, k_stride);
+    }
+  } else if (q_stride == 0) {
+    R total = 0;
+    for (int k = 0; k < tile.nk; k++) {
+      const R* row = s.S + k * W;
+      Vec<R> lanes{};
+      int q = 0;
+      for (; q + N <= tile.nq; q += N) lanes += load(row + q);
+      R sum = sum_lanes<R>(lanes);
+      for (; q < tile.nq; q++) sum += row[q];
+      if (k_stride != 0) base[k * k_stride] += sum;
+      total += sum;
+    }
+    if (k_stride == 0) base[0] += total;
+  } else {
+    for (int q = 0; q < tile.nq; q += N) {
+      Vec<R> sum{};
+      for (int k = 0; k < tile.nk; k++) sum += load(s.S + k * W + q);
+      for (int i = 0; i < N && q + i < tile.nq; i++) base[(q + i) * q_stride] += sum[i];
+    }
+  }
+}
+
+// Which tasks are the only ones to touch the elements of a bias gradient that their tiles of dS add to.
+struct BiasOwner {
+  bool by_queries, by_keys;  // tasks of one head and a block of queries; tasks of one head and a range of keys
+};
+BiasOwner bias_owner(const DotAttentionParams& p, int i) {
+  const Tensor4& grad = p.grad_bias[i];
+  bool own_head = (grad.stride[0] != 0 || p.batch == 1 || p.cu_seqlens_q) && (grad.stride[1] != 0 || p.heads == 1);
+  if (!grad.data || !own_head || p.softcap > 0) return {false, false};
+  return {grad.stride[2] != 0, grad.stride[2] == 0 && grad.stride[3] != 0};
 }
 
 // Gradients of one key head (or one query head) over blocks [block0, block1) of queries and tiles [tile0, tile1) of
@@ -178,7 +237,11 @@ void gradient_range(const Backward<R>& f, int64_t b, int64_t h0, int64_t h1, int
     grad_value = grad_key + count * f.depth_pad;
     for (size_t i = 0; i < size; i++) grad_key[i] = R(0);
   }
-  R grad_scale = R(p.scale);
+  bool add_bias[2];
+  for (int i = 0; i < 2; i++) {
+    BiasOwner owner = bias_owner(p, i);
+    add_bias[i] = (QUERIES && owner.by_queries) || (KEYS && owner.by_keys);
+  }
   ScoreScratch<R> score_scratch(s.score);
   for (int64_t h = h0; h < h1; h++) {
     HeadContext c = head_context(p, b, h);
@@ -204,12 +267,13 @@ void gradient_range(const Backward<R>& f, int64_t b, int64_t h0, int64_t h1, int
             ScoreTile<R> tile;
             if (!prepare_tile<R>(c, q0 + i * W, nq, k0, nk, score_scratch, tile)) continue;
             if (!loaded_panels) {
-              for (int j = 0; j * W < valid; j++)
-                panels[j] =
-                    load_panel<R>(f, c, q0 + j * W, int(valid - j * W < W ? valid - j * W : W), grad_scale, s, j);
+              bool overwritten = false;  // splitting lse uses the tile's scratch
+              for (int j = 0; j * W < valid; j++) {
+                panels[j] = load_panel<R>(f, c, q0 + j * W, int(valid - j * W < W ? valid - j * W : W), s, j);
+                overwritten |= panels[j].query.minus_log != nullptr;
+              }
               loaded_panels = true;
-              // Loading may have used the tile's scratch.
-              prepare_tile<R>(c, q0 + i * W, nq, k0, nk, score_scratch, tile);
+              if (overwritten) prepare_tile<R>(c, q0 + i * W, nq, k0, nk, score_scratch, tile);
             }
             if (!loaded) {
               keys = get_rows<R>(p.key, c.key_offset(p.key, k0), nk, p.head_size, QUERIES, s.keys);
@@ -217,7 +281,9 @@ void gradient_range(const Backward<R>& f, int64_t b, int64_t h0, int64_t h1, int
               loaded = true;
             }
             const GradPanel<R>& panel = panels[i];
-            gradient_tile<R>(c, tile, keys, values, panel, grad_scale, true, s);
+            gradient_tile<R>(c, tile, keys, values, panel, true, s);
+            for (int n = 0; n < 2; n++)
+              if (add_bias[n]) add_bias_gradient<R>(c, p.grad_bias[n], tile, s);
             if (KEYS) {
               int64_t k = k0 - keys0;
               accumulate_by_key<R>(tile, s.P, panel.grad_out, p.value_size, grad_value + k * f.value_pad, f.value_pad,
@@ -232,14 +298,17 @@ void gradient_range(const Backward<R>& f, int64_t b, int64_t h0, int64_t h1, int
         }
       }
       if (QUERIES)
-        store_rows<R>(p.grad_query, c.query_offset(p.grad_query, q0), rows, p.head_size, s.grad_query, f.depth_pad);
+        store_rows<R>(p.grad_query, c.query_offset(p.grad_query, q0), rows, p.head_size, s.grad_query, f.depth_pad,
+                      R(p.scale));
     }
   }
   if (KEYS) {
     if (p.grad_key.data)
-      store_rows<R>(p.grad_key, first.key_offset(p.grad_key, keys0), count, p.head_size, grad_key, f.depth_pad);
+      store_rows<R>(p.grad_key, first.key_offset(p.grad_key, keys0), count, p.head_size, grad_key, f.depth_pad,
+                    R(p.scale));
     if (p.grad_value.data)
-      store_rows<R>(p.grad_value, first.key_offset(p.grad_value, keys0), count, p.value_size, grad_value, f.value_pad);
+      store_rows<R>(p.grad_value, first.key_offset(p.grad_value, keys0), count, p.value_size, grad_value, f.value_pad,
+                    R(1));
   }
 }
 
@@ -303,35 +372,7 @@ void sink_task(const Backward<R>& f, int64_t h) {
   static_cast<R*>(p.grad_sink)[h] = R(sum);
 }
 
-// ---------------------------------------------------------------- gradient of a bias
-// Adds a tile of dS into the gradient, summing over broadcast axes inside the tile first.
-template <class R>
-void add_bias_gradient(const Tensor4& grad, int64_t offset, const ScoreTile<R>& tile, const BackwardScratch<R>& s) {
-  constexpr int W = kPanel<R>, N = kLanes<R>;
-  R* base = static_cast<R*>(grad.data) + offset;
-  int64_t q_stride = grad.stride[2], k_stride = grad.stride[3];
-  if (q_stride != 0 && k_stride != 0) {
-    tile_to_rows<R>(s.S, tile.nq, tile.nk, s.extra, s.rows);
-    for (int q = 0; q < tile.nq; q++)
-      for (int k = 0; k < tile.nk; k++) base[q * q_stride + k * k_stride] += s.rows[q * kKeyTile + k];
-  } else if (q_stride == 0) {
-    R total = 0;
-    for (int k = 0; k < tile.nk; k++) {
-      R sum = 0;
-      for (int q = 0; q < tile.nq; q++) sum += s.S[k * W + q];
-      if (k_stride != 0) base[k * k_stride] += sum;
-      total += sum;
-    }
-    if (k_stride == 0) base[0] += total;
-  } else {
-    for (int q = 0; q < tile.nq; q += N) {
-      Vec<R> sum{};
-      for (int k = 0; k < tile.nk; k++) sum += load(s.S + k * W + q);
-      for (int i = 0; i < N && q + i < tile.nq; i++) base[(q + i) * q_stride] += sum[i];
-    }
-  }
-}
-
+// ---------------------------------------------------------------- the bias pass
 // What a task of the bias pass owns: a slice [b][h] of the gradient and, of that, a panel of rows or a tile of columns.
 struct BiasOwnership {
   int64_t batches, heads, units;
@@ -373,16 +414,15 @@ void bias_task(const Backward<R>& f, int64_t task) {
           end = end < (unit + 1) * kKeyTile ? end : (unit + 1) * kKeyTile;
         }
         if (begin >= end) continue;
-        GradPanel<R> panel = load_panel<R>(f, c, q0, nq, R(1), s, 0);
+        GradPanel<R> panel = load_panel<R>(f, c, q0, nq, s, 0);
         for (int64_t k0 = begin; k0 < end; k0 += kKeyTile) {
           int nk = int(end - k0 < kKeyTile ? end - k0 : kKeyTile);
           ScoreTile<R> tile;
           if (!prepare_tile<R>(c, q0, nq, k0, nk, score_scratch, tile)) continue;
           Rows<R> keys = get_rows<R>(p.key, c.key_offset(p.key, k0), nk, p.head_size, false, s.keys);
           Rows<R> values = get_rows<R>(p.value, c.key_offset(p.value, k0), nk, p.value_size, false, s.values);
-          gradient_tile<R>(c, tile, keys, values, panel, R(1), false, s);
-          int64_t offset = offset4(grad, c.s.tensor_batch, h, c.s.query_begin + q0, c.s.key_begin + k0);
-          add_bias_gradient<R>(grad, offset, tile, s);
+          gradient_tile<R>(c, tile, keys, values, panel, false, s);
+          add_bias_gradient<R>(c, grad, tile, s);
         }
       }
     }
@@ -436,7 +476,8 @@ void backward(const DotAttentionParams& p) {
     if (f.queries) run<R, query_task<R>>(f, heads * f.blocks, serial);
   }
   for (f.bias = 0; f.bias < 2; f.bias++)
-    if (p.grad_bias[f.bias].data) {
+    if (BiasOwner owner = bias_owner(p, f.bias);
+        p.grad_bias[f.bias].data && !(owner.by_queries && f.queries) && !(owner.by_keys && f.keys)) {
       BiasOwnership o = bias_ownership(f);
       run<R, bias_task<R>>(f, o.batches * o.heads * o.units, serial);
     }

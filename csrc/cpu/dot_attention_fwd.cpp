@@ -63,7 +63,7 @@ __attribute__((noinline)) void exact_step(const HeadContext& c, const ScoreTile<
   constexpr int N = kLanes<R>, W = kPanel<R>;
   int vectors = (tile.nq + N - 1) / N;
   raw_scores<R>(keys, c.p->head_size, packed, P, tile.nk, vectors, tile.bands_or_null());
-  bool capped = c.p->softcap > 0, plain = !tile.add && !tile.limited;
+  bool capped = c.p->softcap > 0, plain = tile.plain();
   if (capped) apply_softcap<R>(*c.p, P, tile.nk, vectors, nullptr);
   R factor = capped ? R(1) : R(score_scale(c.p->scale).score);
   state.lazy = true;
@@ -107,7 +107,7 @@ __attribute__((noinline)) bool lazy_step(const HeadContext& c, const ScoreTile<R
   alignas(64) R sums[W];
   for (int j = 0; j < vectors; j++) store(sums + N * j, Vec<R>{});
   const R* table = exp2_table<R>();
-  bool plain = !tile.add && !tile.limited;
+  bool plain = tile.plain();
   R factor = R(score_scale(c.p->scale).score);
   score_product<R>(keys, c.p->head_size, packed, nullptr, P, tile.nk, vectors, tile.bands_or_null(), R(0),
                    [&](auto m, auto& x, int r, int j) ATTNFAST_LAMBDA {

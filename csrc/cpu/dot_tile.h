@@ -108,7 +108,7 @@ __attribute__((noinline)) void probability_tile(const HeadContext& c, const Scor
       }
     return;
   }
-  bool plain = !tile.add && !tile.limited;
+  bool plain = tile.plain();
   R factor = R(score_scale(c.p->scale).score);
   // lse is subtracted at the end, not put into the accumulators first: it is larger than most scores, and every one of
   // the D additions would be rounded at its size.

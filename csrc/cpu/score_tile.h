@@ -6,6 +6,7 @@
 #include "../core/online_softmax.h"
 #include "../core/random.h"
 #include "gemm_tile.h"
+#include "mask_bits.h"
 
 namespace attnfast::ATTNFAST_ISA {
 namespace {
@@ -40,13 +41,16 @@ struct ScoreTile {
   LaneBands bands;
   bool limited;  // some key is invisible to some row by position
   bool masked;   // some entry is masked, by position or by a tensor
-  const R* add;  // [keys][panel] base-2 addend, -inf where masked by a tensor; null if there is none
+  const R* add;  // [keys][panel] base-2 addend, -inf where a bias masks; null if there is none
+  const uint64_t* bits;  // [keys] the queries that the boolean mask lets see the key; null if it hides nothing here
   int64_t q0, k0;
   int nq, nk;
 
   const LaneBands* bands_or_null() const { return limited ? &bands : nullptr; }
+  bool plain() const { return !add && !limited && !bits; }
   bool visible(int q, int k) const {
     if (limited && (q < bands.begin[k] || q >= bands.end[k])) return false;
+    if (bits && !(bits[k] >> q & 1)) return false;
     return !add || add[k * kPanel<R> + q] != -infinity<R>();
   }
   // x = the score with its addend, or -inf where masked. Selected, not multiplied: x may be NaN there.
@@ -57,6 +61,10 @@ struct ScoreTile {
     if (add) {
       Vec<R> a = load(add + key * kPanel<R> + N * j);
       x = a == -infinity<R>() ? splat(-infinity<R>()) : x + a;
+    }
+    if (bits) {
+      Vec<U> lane = (Vec<U>{} + U(1)) << reinterpret_cast<Vec<U>>(iota<I>());
+      x = ((Vec<U>{} + U(bits[key] >> (N * j))) & lane) != U(0) ? x : splat(-infinity<R>());
     }
     if (limited) {
       Vec<U> lane = reinterpret_cast<Vec<U>>(iota<I>()) + U(N * j - bands.begin[key]);
@@ -78,6 +86,7 @@ ATTNFAST_INLINE void for_live_vectors(const ScoreTile<R>& tile, F f) {
 template <class R>
 struct ScoreScratch {
   R *add, *rows, *tile;
+  uint64_t bits[kKeyTile];
   static int64_t size() { return 3 * int64_t(kKeyTile) * kPanel<R>; }
   explicit ScoreScratch(R* base) : add(base), rows(base + kKeyTile * kPanel<R>), tile(rows + kKeyTile * kPanel<R>) {}
 };
@@ -100,13 +109,17 @@ static void load_tile_transposed(const Tensor4& t, const HeadContext& c, const S
     for (int k = 0; k < tile.nk; k++)
       for (int q = 0; q < tile.nq; q += N) store(dst + k * W + q, load(rows + q));
   } else {
-    load_rows<R>(t, offset, tile.nq, tile.nk, rows, kKeyTile);
-    pack_transposed<R>({rows, kKeyTile}, tile.nq, tile.nk, dst, R(1));
+    Rows<R> source{static_cast<const R*>(t.data) + offset, t.stride[2]};
+    if (t.dtype != kRealType<R> || t.stride[3] != 1 || tile.nk % N != 0) {
+      load_rows<R>(t, offset, tile.nq, tile.nk, rows, kKeyTile);
+      source = {rows, kKeyTile};
+    }
+    pack_transposed<R>(source, tile.nq, tile.nk, dst, R(1));
   }
 }
 
 static inline bool has_addend(const DotAttentionParams& p) {
-  return p.mask.data || p.bias[0].data || p.bias[1].data || p.alibi_slopes;
+  return p.bias[0].data || p.bias[1].data || p.alibi_slopes;
 }
 
 // ALiBi in base 2: -slope * |q + offset - k|.
@@ -130,12 +143,38 @@ static void add_alibi(const HeadContext& c, const ScoreTile<R>& tile, R* add) {
     }
 }
 
+// add = (fresh ? 0 : add) + log2(e) * bias; false if that masks every entry of the tile. Notes masked entries in `tile`.
+template <class R>
+static bool add_bias(ScoreTile<R>& tile, const R* bias, bool fresh, R* add) {
+  constexpr int N = kLanes<R>, W = kPanel<R>;
+  using I = MaskInt<R>;
+  constexpr R kLowest = std::is_same_v<R, double> ? R(-__DBL_MAX__) : R(-__FLT_MAX__);
+  bool any_visible = false;
+  for (int q = 0; q < tile.nq; q += N) {
+    Vec<I> seen{}, hidden{};
+    for (int k = 0; k < tile.nk; k++) {
+      Vec<R> x = load(bias + k * W + q), before = fresh ? Vec<R>{} : load(add + k * W + q);
+      Vec<R> sum = before + x * R(kLog2e);
+      // A finite bias stays finite: finfo.min is a number, only -inf masks.
+      sum = sum < kLowest ? splat(kLowest) : sum;
+      auto masked = (x == -infinity<R>()) | (before == -infinity<R>());
+      store(add + k * W + q, masked ? splat(-infinity<R>()) : sum);
+      hidden |= masked;
+      seen |= ~masked;
+    }
+    for (int i = 0; i < N && q + i < tile.nq; i++) {
+      any_visible |= seen[i] != 0;
+      tile.masked |= hidden[i] != 0;
+    }
+  }
+  return any_visible;
+}
+
 // Fills `tile` for the panel at q0 and the keys at k0; false if nothing in it is visible (skip it).
 template <class R>
 static bool prepare_tile(const HeadContext& c, int64_t q0, int nq, int64_t k0, int nk, ScoreScratch<R>& scratch,
                          ScoreTile<R>& tile) {
-  constexpr int N = kLanes<R>, W = kPanel<R>;
-  using I = MaskInt<R>;
+  constexpr int W = kPanel<R>;
   const DotAttentionParams& p = *c.p;
   tile.q0 = q0;
   tile.k0 = k0;
@@ -157,45 +196,34 @@ static bool prepare_tile(const HeadContext& c, int64_t q0, int nq, int64_t k0, i
     }
   tile.masked = tile.limited;
   tile.add = nullptr;
+  tile.bits = nullptr;
+  if (p.mask.data) {
+    int64_t offset = offset4(p.mask, c.s.tensor_batch, c.h, c.s.query_begin + q0, c.s.key_begin + k0);
+    load_mask_bits(p.mask, offset, nq, nk, scratch.bits);
+    uint64_t any = 0, every = ~uint64_t(0), all = nq < 64 ? (uint64_t(1) << nq) - 1 : ~uint64_t(0);
+    for (int k = 0; k < nk; k++) {
+      any |= scratch.bits[k];
+      every &= scratch.bits[k];
+    }
+    if (any == 0) return false;
+    if (every != all) {
+      tile.bits = scratch.bits;
+      tile.masked = true;
+    }
+  }
   if (!has_addend(p)) return true;
 
   R* add = scratch.add;
-  if (p.alibi_slopes)
-    add_alibi<R>(c, tile, add);
-  else
-    for_live_vectors(tile, [&](int i) ATTNFAST_LAMBDA { store(add + i, Vec<R>{}); });
-  constexpr R kLowest = std::is_same_v<R, double> ? R(-__DBL_MAX__) : R(-__FLT_MAX__);
+  tile.add = add;
+  bool fresh = !p.alibi_slopes, any_visible = true;
+  if (!fresh) add_alibi<R>(c, tile, add);
   for (const Tensor4& bias : p.bias)
     if (bias.data) {
-      load_tile_transposed<R>(bias, c, tile, scratch.rows, scratch.tile);
-      for_live_vectors(tile, [&](int i) ATTNFAST_LAMBDA {
-        Vec<R> x = load(scratch.tile + i), sum = load(add + i) + x * R(kLog2e);
-        // A finite bias stays finite: finfo.min is a number, only -inf masks.
-        sum = (sum < kLowest) & (x != -infinity<R>()) & (load(add + i) != -infinity<R>()) ? splat(kLowest) : sum;
-        store(add + i, sum);
-      });
+      R* dst = fresh ? add : scratch.tile;
+      load_tile_transposed<R>(bias, c, tile, scratch.rows, dst);
+      any_visible = add_bias<R>(tile, dst, fresh, add);
+      fresh = false;
     }
-  if (p.mask.data) {
-    load_tile_transposed<R>(p.mask, c, tile, scratch.rows, scratch.tile);
-    for_live_vectors(tile, [&](int i) ATTNFAST_LAMBDA {
-      store(add + i, load(scratch.tile + i) != R(0) ? load(add + i) : splat(-infinity<R>()));
-    });
-  }
-  tile.add = add;
-  if (!p.mask.data && !p.bias[0].data && !p.bias[1].data) return true;
-  bool any_visible = false;
-  for (int q = 0; q < nq; q += N) {
-    Vec<I> seen{}, hidden{};
-    for (int k = 0; k < nk; k++) {
-      Vec<R> x = load(add + k * W + q);
-      seen |= x != -infinity<R>();
-      hidden |= x == -infinity<R>();
-    }
-    for (int i = 0; i < N && q + i < nq; i++) {
-      any_visible |= seen[i] != 0;
-      tile.masked |= hidden[i] != 0;
-    }
-  }
   return any_visible;
 }
 

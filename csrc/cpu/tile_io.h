@@ -11,6 +11,8 @@ template <class R>
 constexpr int kPanel = kPanelBytes / int(sizeof(R));
 template <class R>
 constexpr int kPanelVectors = kPanel<R> / kLanes<R>;
+template <class R>
+constexpr DType kRealType = sizeof(R) == 8 ? DType::kFloat64 : DType::kFloat32;
 constexpr int kKeyTile = 64;        // keys a tile
 constexpr int kPanelsPerBlock = 4;  // panels that share one pass over keys and values
 
@@ -88,8 +90,9 @@ static void store_zero_row(const Tensor4& t, int64_t offset, int64_t cols) {
   });
 }
 template <class R>
-static void store_rows(const Tensor4& t, int64_t offset, int64_t rows, int64_t cols, const R* src, int64_t src_stride) {
-  for (int64_t i = 0; i < rows; i++) store_row<R>(t, offset + i * t.stride[2], cols, src + i * src_stride, R(1));
+static void store_rows(const Tensor4& t, int64_t offset, int64_t rows, int64_t cols, const R* src, int64_t src_stride,
+                       R scale) {
+  for (int64_t i = 0; i < rows; i++) store_row<R>(t, offset + i * t.stride[2], cols, src + i * src_stride, scale);
 }
 
 // A block of rows as the kernels read it: in place where the tensor allows, else a copy in scratch.
@@ -102,7 +105,7 @@ struct Rows {
 // 1 KB map a tile onto few cache sets; copying such a tile costs less than the misses.
 template <class R>
 static inline bool readable_in_place(const Tensor4& t, int64_t cols, bool padding) {
-  if (t.dtype != (sizeof(R) == 8 ? DType::kFloat64 : DType::kFloat32) || t.stride[3] != 1) return false;
+  if (t.dtype != kRealType<R> || t.stride[3] != 1) return false;
   if (padding && cols % kLanes<R> != 0) return false;
   int64_t row_bytes = t.stride[2] * int64_t(sizeof(R));
   return t.stride[2] == cols ? row_bytes % 4096 != 0 : t.stride[2] > 0 && row_bytes % 1024 != 0;

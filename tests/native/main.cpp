@@ -98,6 +98,17 @@ void run(const KernelTable& kernels, const Problem& problem, const Expected* shi
   kernels.dot_attention_bwd(params);
 }
 
+// Inference: nobody asks for lse, which lets the forward take the decode kernel.
+void infer(const KernelTable& kernels, const Problem& problem, int threads, Results& results) {
+  DotAttentionParams params = results.params(problem);
+  params.threads = t_pool_threads = threads;
+  params.lse = nullptr;
+  params.weights_mode = WeightsMode::kNone;
+  params.weights = {};
+  params.weights_index = nullptr;
+  kernels.dot_attention_fwd(params);
+}
+
 std::string check_row_maximum(const Problem& problem, const Results& results, const Expected& expected,
                               double relative) {
   const Config& c = problem.config;
@@ -120,11 +131,14 @@ std::string check_row_maximum(const Problem& problem, const Results& results, co
 std::string check(const KernelTable& kernels, const Problem& problem) {
   const Config& c = problem.config;
   const Tolerance limits = tolerance(c.dtype);
-  Results serial(problem), threaded(problem);
+  Results serial(problem), threaded(problem), inferred(problem), inferred_threaded(problem);
   run(kernels, problem, nullptr, 1, serial);
+  infer(kernels, problem, 1, inferred);
+  infer(kernels, problem, g_threads, inferred_threaded);
   Expected expected = forward_by_definition(problem);
   std::vector<std::string> errors = {compare("out", serial.out, expected.out, limits.forward),
-                                     compare("lse", serial.lse, expected.lse, limits.forward)};
+                                     compare("lse", serial.lse, expected.lse, limits.forward),
+                                     compare("out without lse", inferred.out, expected.out, limits.forward)};
   if (serial.weights) errors.push_back(compare("weights", serial.weights, expected.weights, limits.forward));
   if (!serial.weights_index.empty()) errors.push_back(check_row_maximum(problem, serial, expected, limits.forward));
   backward_by_definition(problem, serial.weights_index, expected);
@@ -150,6 +164,7 @@ std::string check(const KernelTable& kernels, const Problem& problem) {
     if (!a.same_bytes(b) && errors.front().empty()) errors.front() = std::string(what) + " depends on the threads";
   };
   equal("out", serial.out, threaded.out);
+  equal("out without lse", inferred.out, inferred_threaded.out);
   equal("lse", serial.lse, threaded.lse);
   equal("weights", serial.weights, threaded.weights);
   equal("grad_query", serial.grad_query, threaded.grad_query);

@@ -174,6 +174,12 @@ Config random_config(Random& random) {
     c.key_tokens = random.pick({0, 1, 3, 7, 16, 63, 64, 65, 100, 128, 200, 300, 513, 1100, 2100});
     c.head_size = random.pick({0, 1, 2, 3, 8, 16, 17, 32, 40, 64, 64, 65, 96, 128, 129, 200});
     c.value_size = random.chance(60) ? c.head_size : random.pick({0, 1, 3, 8, 16, 33, 64, 80, 128, 130});
+    if (random.chance(12)) {  // what the decode kernel wants
+      c.heads = c.kv_heads;
+      c.query_tokens = 1;
+      c.head_size = random.pick({16, 32, 64, 128});
+      c.value_size = random.pick({16, 48, 64});
+    }
     c.sequences = 0;
   } while (c.batch * c.heads * c.query_tokens * c.key_tokens * (c.head_size + c.value_size + 4) > kMostWork);
   c.layout = random.pick({Layout::kContiguous, Layout::kTokensFirst, Layout::kStridedLast});
