@@ -11,11 +11,24 @@ from typing import Any
 
 from torch import Tensor
 
-def init(exchange_api_capsule: Any, parallel_for_address: int) -> None:
+WHOLE_ROW_KEYS: int
+"""See ``dot_attention_bwd``."""
+
+def init(exchange_api_capsule: Any, parallel_for_address: int, probes: tuple[Any, ...]) -> None:
     """Connect to torch and choose the ISA; ``attnfast._ext`` calls this once.
 
     ``exchange_api_capsule`` is ``torch.Tensor.__dlpack_c_exchange_api__``, ``parallel_for_address`` the address of
-    libtorch_cpu's ``torch_parallel_for``. RuntimeError if ATTNFAST_ISA names no available variant.
+    libtorch_cpu's ``torch_parallel_for``; ``probes`` are Tensor, Parameter, Tensor.is_neg, the functions that tell of
+    dispatch modes, functorch transforms, autocast and grad mode, and the module torch.autograd.forward_ad. RuntimeError
+    if ATTNFAST_ISA names no available variant.
+    """
+
+def ordinary_call(query: Any, key: Any, value: Any, /) -> int:
+    """Whether three operands can go to the kernels exactly as they came, with nothing in between.
+
+    That is: plain dense CPU tensors ``[B, H, T_q, D]``, ``[B, H, T_k, D]``, ``[B, H, T_k, D_v]`` of one floating dtype
+    without a negative bit, no dispatch mode, functorch transform, forward-mode level or autocast. Returns D, or -D if a
+    gradient is wanted, or 0 if the call is not ordinary (then nothing is said about why).
     """
 
 def dot_attention_fwd(
@@ -63,8 +76,8 @@ def dot_attention_bwd(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    out: Tensor | None,
+    lse: Tensor | None,
     delta: Tensor | None,
     grad_weights: Tensor | None,
     weights_index: Tensor | None,
@@ -96,6 +109,9 @@ def dot_attention_bwd(
     /,
 ) -> None:
     """Write the gradients that are not None; the modifiers are those of the forward call.
+
+    ``out`` and ``lse`` may both be None if T_k is at most ``WHOLE_ROW_KEYS`` and only gradients of ``out`` by query, key
+    and value are asked for, without soft cap, dropout, sink or packing.
 
     - ``delta`` Real, contiguous ``[B, H, T_q]``: workspace, None = the binary's own; ``delta_shift`` likewise, added to
       rowsum(grad_out * out).

@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
+from torch.autograd import forward_ad
 
 if TYPE_CHECKING:
     from attnfast import _C
@@ -100,8 +101,19 @@ def _initialise() -> ModuleType:
     capsule = _exchange_api()
     address = _parallel_for_address()
     binary = _load_binary()
+    # What the binary asks torch about a call, see ordinary_call in _C.pyi.
+    probes = (
+        torch.Tensor,
+        torch.nn.Parameter,
+        torch.Tensor.is_neg,
+        torch._C._len_torch_dispatch_stack,
+        torch._C._are_functorch_transforms_active,
+        torch.is_autocast_enabled,
+        torch.is_grad_enabled,
+        forward_ad,
+    )
     try:
-        binary.init(capsule, address)
+        binary.init(capsule, address, probes)
     except RuntimeError as error:
         _fail(str(error), "unset or correct what the message names, or reinstall attnfast and torch", error)
     return binary

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attnfast import _validate as check
 from attnfast._scores import l2_operands
-from attnfast.ops import DotAttentionOptions, draw_seed
+from attnfast.ops import DotAttentionOptions, draw_seed, ordinary_call
 from attnfast.reference import AttentionOutput, real_dtype, unit_vectors
 
 
@@ -37,7 +37,7 @@ def short_sdpa_call(
 ) -> tuple[Any, ...] | None:
     """Arguments of ``autograd.dot_attention`` for ordinary operands with an ordinary mask or scale.
 
-    `head_size` is what :func:`_validate.plain` said; where it said 0, three dimensions are tried as ``[1, H, T, D]``.
+    `head_size` is what ``ops.ordinary_call`` said, without its sign; where it said 0, three dimensions are tried as ``[1, H, T, D]``.
     None sends the call the long way, :func:`sdpa_call`, which also finds the words for what is wrong. A mask that wants
     a gradient goes there as well: it must stay in its own shape.
     """
@@ -46,7 +46,7 @@ def short_sdpa_call(
             if query.dim() != 3 or (attn_mask is not None and attn_mask.dim() > 3):
                 return None
             query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
-            head_size = check.plain(query, key, value)
+            head_size = abs(ordinary_call(query, key, value))
             if not head_size:
                 return None
         if scale is None:
@@ -133,7 +133,7 @@ def attention_call(
         ):
             check.absent(name, x, "jagged nested tensors (use varlen_attention)")
         return _jagged_call(query, key, value, **options)
-    plain = not torch.compiler.is_compiling() and check.plain(query, key, value) > 0
+    plain = not torch.compiler.is_compiling() and ordinary_call(query, key, value) != 0
     return _call(
         *((query, key, value) if plain else _operands(query, key, value)),
         query_lengths=query_lengths,
@@ -295,7 +295,7 @@ def _call(
 ) -> Call:
     """Check the rest of a call whose operands passed :func:`_operands`; packed operands come as ``[H, total, D]``.
 
-    `plain`: they passed :func:`_validate.plain`, so their shapes need no second look.
+    `plain`: they passed ``ops.ordinary_call``, so their shapes need no second look.
     """
     # What is left out costs one comparison: the checks of a small problem must not take longer than the problem.
     check.choice("score", score, check.SCORES)

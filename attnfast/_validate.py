@@ -22,8 +22,6 @@ SCORES = ("dot", "scaled_dot", "cosine", "l2")
 NORMALIZERS = ("softmax", "sparsemax", "entmax15", "sigmoid", "none", "hard", "hard_sample")
 CAUSAL_CODES = {"top_left": 1, "bottom_right": 2}
 LARGEST = sys.float_info.max
-_STRIDED = torch.strided
-_is_autocast_enabled = torch.is_autocast_enabled
 WEIGHTS_MODES = {"full": 1, "column_sum": 2, "row_max": 3}
 
 
@@ -70,49 +68,6 @@ def operands(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, x in (("key", key), ("value", value)):
         if x.dtype != query.dtype:
             raise TypeError(f"{name}: expected dtype {_dtype_text(query.dtype)} (query's), got {_dtype_text(x.dtype)}")
-
-
-def plain(query: Tensor, key: Tensor, value: Tensor) -> int:
-    """Head size D of three operands that can go to the kernels exactly as they came, else 0.
-
-    This is the short way of the ordinary call, kept to cheap attribute reads (about 1 us in all). What fails here is
-    looked at again, and named, by the checks.
-    """
-    try:
-        shape = query.shape
-        if key.shape == shape == value.shape:
-            _, _, _, head_size = shape
-        else:
-            batch, heads, _, head_size = shape
-            key_batch, key_heads, key_tokens, key_size = key.shape
-            value_batch, value_heads, value_tokens, _ = value.shape
-            if (
-                batch != key_batch
-                or batch != value_batch
-                or heads != key_heads
-                or heads != value_heads
-                or head_size != key_size
-                or key_tokens != value_tokens
-            ):
-                return 0
-        dtype = query.dtype
-        if (
-            dtype in DTYPES
-            and dtype is key.dtype
-            and dtype is value.dtype
-            and query.layout is key.layout is value.layout is _STRIDED
-            and query.is_cpu
-            and key.is_cpu
-            and value.is_cpu
-            and not query.is_neg()
-            and not key.is_neg()
-            and not value.is_neg()
-            and not _is_autocast_enabled("cpu")
-        ):
-            return head_size
-    except (AttributeError, RuntimeError, TypeError, ValueError):  # no tensor, nested, another number of dimensions
-        pass
-    return 0
 
 
 def score_bias(name: str, x: Any, query: Tensor) -> None:

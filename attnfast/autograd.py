@@ -44,6 +44,7 @@ _run_backward: Any = ops.dot_attention_bwd
 _run_plain_forward = ops.plain_fwd
 _run_plain_backward = ops.plain_bwd
 _N_OPTION_TENSORS = ops.N_OPTION_TENSORS
+_WHOLE_ROW_KEYS = ops.WHOLE_ROW_KEYS
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 
 
@@ -104,27 +105,6 @@ def dot_attention(
             raise
         return _unusual(query, key, value, bias, bias2, sink, options, return_lse)
     return out, (lse * ops.LN2 if return_lse else None), weights
-
-
-def plain_attention(query: Tensor, key: Tensor, value: Tensor, options: PlainOptions) -> Tensor:
-    """out of :func:`dot_attention` for a plain call, by the shortest way; not to be called while compiling."""
-    if (
-        _dispatch_modes()
-        or _functorch_active()
-        or forward_ad._current_level >= 0
-        or type(query) not in _PLAIN_TYPES
-        or type(key) not in _PLAIN_TYPES
-        or type(value) not in _PLAIN_TYPES
-    ):
-        return dot_attention(query, key, value, None, None, None, options, False)[0]
-    try:
-        if _grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-            return _apply_plain(query, key, value, options)
-        return _run_plain_forward(query, key, value, options, False)[0]
-    except TypeError:
-        if _all_have_storage(query, key, value):
-            raise
-        return dot_attention(query, key, value, None, None, None, options, False)[0]
 
 
 def plan(
@@ -243,14 +223,18 @@ class PlainFunction(Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, options: PlainOptions) -> Tensor:
+        ctx.options = options
+        if key.shape[2] <= _WHOLE_ROW_KEYS:
+            ctx.save_for_backward(query, key, value)
+            return _run_plain_forward(query, key, value, options, False)[0]
         out, lse = _run_plain_forward(query, key, value, options, True)
         ctx.save_for_backward(query, key, value, out, lse)
-        ctx.options = options
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, lse = ctx.saved_tensors
+        query, key, value, *rest = ctx.saved_tensors
+        out, lse = rest or (None, None)
         needs = ctx.needs_input_grad
         if not (_grad_enabled() or _dispatch_modes() or _functorch_active() or _is_compiling()):
             try:
@@ -258,6 +242,9 @@ class PlainFunction(Function):
             except TypeError:
                 if _all_have_storage(grad_out):
                     raise
+        if lse is None:
+            with torch.no_grad():
+                out, lse = _run_plain_forward(query, key, value, ctx.options, True)
         arguments = (grad_out, None, None, query, key, value, out, lse, None, None, None, None, None)
         return (*_unusual_backward(arguments, ctx.options, (*needs[:3], False, False, False))[:3], None)
 
@@ -276,7 +263,7 @@ def _unusual_backward(
 
 # Function.apply without its Python wrapper, whose cases (functorch) were sent elsewhere before.
 _apply: Any = super(Function, DotAttentionFunction).apply
-_apply_plain: Any = super(Function, PlainFunction).apply
+plain_attention: Any = super(Function, PlainFunction).apply  # (query, key, value, PlainOptions) -> out
 
 
 _operator_autograd.register(ops.LIBRARY)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnfast import _prepare, _validate
+from attnfast import _prepare, _validate, ops
 from attnfast._prepare import Call
 from attnfast.autograd import dot_attention, plain_attention
 from attnfast.ops import PlainOptions
@@ -19,8 +19,9 @@ from attnfast.reference import AttentionOutput
 
 __all__ = ["AttentionOutput", "attention", "scaled_dot_product_attention", "varlen_attention"]
 
-_plain = _validate.plain
-_is_compiling = torch.compiler.is_compiling  # a global costs half of what two attribute look-ups do
+_ordinary_call = ops.ordinary_call  # a global costs half of what two attribute look-ups do
+_plain_fwd = ops.plain_fwd
+_is_compiling = torch.compiler.is_compiling
 # Options of plain calls by (D, is_causal or causal), or (D, is_causal, scale) where the caller chose the scale:
 # building them anew would cost as much as all checks together.
 _PLAIN_OPTIONS: dict[tuple[Any, ...], PlainOptions] = {}
@@ -101,18 +102,18 @@ def scaled_dot_product_attention(
     torch.Size([2, 8, 128, 64])
     """
     if dropout_p == 0.0 and (is_causal is False or is_causal is True) and not _is_compiling():
-        head_size = _plain(query, key, value)  # not to be traced
-        if head_size and attn_mask is None:
-            if scale is None:
-                options = _PLAIN_OPTIONS.get((head_size, is_causal)) or _new_options(head_size, is_causal)
-                return plain_attention(query, key, value, options)
-            if type(scale) is float:
-                found = _PLAIN_OPTIONS.get((head_size, is_causal, scale))
-                return plain_attention(query, key, value, found or _new_options(head_size, is_causal, scale))
-        call = _prepare.short_sdpa_call(query, key, value, attn_mask, is_causal, scale, head_size)
+        size = _ordinary_call(query, key, value)  # not to be traced
+        if size and attn_mask is None and (scale is None or type(scale) is float):
+            head_size = size if size > 0 else -size
+            kind = (head_size, is_causal) if scale is None else (head_size, is_causal, scale)
+            options = _PLAIN_OPTIONS.get(kind) or _new_options(head_size, is_causal, scale)
+            if size > 0:
+                return _plain_fwd(query, key, value, options, False)[0]
+            return plain_attention(query, key, value, options)
+        call = _prepare.short_sdpa_call(query, key, value, attn_mask, is_causal, scale, abs(size))
         if call is not None:
             out = dot_attention(*call)[0]
-            return out if head_size else out.squeeze(0)
+            return out if size else out.squeeze(0)
     return _run(_prepare.sdpa_call(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa))
 
 
@@ -243,9 +244,12 @@ def attention(
         and dropout_p == 0.0
         and softcap == 0.0
         and not _is_compiling()  # first: what comes next cannot be traced
-        and (head_size := _plain(query, key, value))
+        and (size := _ordinary_call(query, key, value))
     ):
+        head_size = abs(size)
         options = _PLAIN_OPTIONS.get((head_size, causal)) or _new_options(head_size, causal)
+        if size > 0:
+            return _plain_fwd(query, key, value, options, False)[0]
         return plain_attention(query, key, value, options)
     return _run(
         _prepare.attention_call(

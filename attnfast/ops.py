@@ -44,7 +44,9 @@ __all__ = [
     "PlainOptions",
     "dot_attention_bwd",
     "dot_attention_fwd",
+    "WHOLE_ROW_KEYS",
     "draw_seed",
+    "ordinary_call",
     "plain_bwd",
     "plain_fwd",
 ]
@@ -56,7 +58,9 @@ N_BWD_TENSORS = 14  # grad_out ... sink, needs
 
 # The dtype that a kernel accumulates in, and that lse has.
 _REAL = {torch.float64: torch.float64, torch.float32: torch.float32}
+_F32 = torch.float32
 _empty_like = torch.empty_like
+ordinary_call = _C.ordinary_call
 _forward: Any = _C.dot_attention_fwd
 _backward: Any = _C.dot_attention_bwd
 _num_threads = torch.get_num_threads
@@ -141,6 +145,10 @@ def dot_attention_fwd(
     return out, lse, weights, index
 
 
+# Up to so many keys, the backward of a plain call needs neither out nor lse.
+WHOLE_ROW_KEYS: int = _C.WHOLE_ROW_KEYS
+
+
 def plain_fwd(
     query: Tensor, key: Tensor, value: Tensor, options: PlainOptions, need_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -148,16 +156,23 @@ def plain_fwd(
     batch, heads, rows, head_size = query.shape
     value_size = value.shape[3]
     out = _empty_like(query) if value_size == head_size else query.new_empty(batch, heads, rows, value_size)
-    lse = query.new_empty(batch, heads, rows, dtype=_REAL.get(query.dtype, torch.float32)) if need_lse else None
+    lse = None
+    if need_lse:
+        dtype = query.dtype
+        # Naming a dtype costs as much again as the allocation.
+        lse = query.new_empty(batch, heads, rows) if dtype in _REAL else query.new_empty(batch, heads, rows, dtype=_F32)
     _forward(query, key, value, out, lse, *options.forward_tail)
     return out, lse
 
 
 def plain_bwd(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, options: PlainOptions,
-    needs: Sequence[bool],
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor | None, lse: Tensor | None,
+    options: PlainOptions, needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """:func:`dot_attention_bwd` of a plain call: the gradients of query, key and value."""
+    """:func:`dot_attention_bwd` of a plain call: the gradients of query, key and value.
+
+    Up to ``WHOLE_ROW_KEYS`` keys, `out` and `lse` may be None.
+    """
     if grad_out.is_neg():
         grad_out = grad_out.resolve_neg()
     grad_query = _empty_like(query) if needs[0] else None

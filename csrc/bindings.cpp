@@ -1,13 +1,14 @@
 // The Python module attnfast._C: one function per op. Reads the arguments, checks everything a kernel relies on, fills
 // the parameter struct, releases the GIL and calls the kernel of the chosen ISA. Python owns every tensor.
 //
-// The op functions take *args and read them by position: naming each argument in its own error is then possible, and
-// a call costs well under 2 us.
+// The op functions take their arguments as CPython hands them over (METH_FASTCALL) and read them by position: naming each
+// argument in its own error is then possible, and a small call is not dominated by unpacking.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <cmath>
 #include <initializer_list>
+#include <iterator>
 #include <limits>
 #include <memory>
 #include <string>
@@ -28,13 +29,13 @@ const dlpack::ExchangeApi* g_exchange_api = nullptr;
 
 class ArgReader {
  public:
-  ArgReader(const char* function, const py::args& args, size_t count) : items_(args.ptr()) {
+  ArgReader(const char* function, PyObject* const* items, Py_ssize_t given, Py_ssize_t count) : items_(items) {
     if (g_exchange_api == nullptr) {
       throw std::runtime_error("attnfast._C is not initialised; import attnfast instead of attnfast._C");
     }
-    if (args.size() != count) {
+    if (given != count) {
       throw py::type_error(std::string(function) + " takes " + std::to_string(count) + " positional arguments, got " +
-                           std::to_string(args.size()));
+                           std::to_string(given));
     }
   }
 
@@ -65,13 +66,13 @@ class ArgReader {
   }
 
  private:
-  PyObject* next() { return PyTuple_GET_ITEM(items_, position_++); }
+  PyObject* next() { return items_[position_++]; }
 
   [[noreturn]] static void wrong_type(const char* name, const char* expected, PyObject* item) {
     throw py::type_error(std::string(name) + ": expected " + expected + ", got " + Py_TYPE(item)->tp_name);
   }
 
-  PyObject* items_;
+  PyObject* const* items_;
   Py_ssize_t position_ = 0;
 };
 
@@ -382,8 +383,8 @@ struct Call {
 
 // ---- The ops ----------------------------------------------------------------------------------------------------
 
-void dot_attention_fwd(const py::args& items) {
-  ArgReader args("dot_attention_fwd", items, 24);
+py::object dot_attention_fwd(PyObject* const* items, Py_ssize_t given) {
+  ArgReader args("dot_attention_fwd", items, given, 24);
   const TensorView query = args.tensor("query");
   const TensorView key = args.tensor("key");
   const TensorView value = args.tensor("value");
@@ -413,18 +414,21 @@ void dot_attention_fwd(const py::args& items) {
   }
   call.set_modifiers(modifiers);
 
-  const py::gil_scoped_release no_gil;
-  kernels().dot_attention_fwd(call.params);
+  {
+    const py::gil_scoped_release no_gil;
+    kernels().dot_attention_fwd(call.params);
+  }
+  return py::none();
 }
 
-void dot_attention_bwd(const py::args& items) {
-  ArgReader args("dot_attention_bwd", items, 34);
+py::object dot_attention_bwd(PyObject* const* items, Py_ssize_t given) {
+  ArgReader args("dot_attention_bwd", items, given, 34);
   const TensorView grad_out = args.tensor("grad_out");
   const TensorView query = args.tensor("query");
   const TensorView key = args.tensor("key");
   const TensorView value = args.tensor("value");
-  const TensorView out = args.tensor("out");
-  const TensorView lse = args.tensor("lse");
+  const TensorView out = args.optional_tensor("out");
+  const TensorView lse = args.optional_tensor("lse");
   const TensorView delta = args.optional_tensor("delta");
   const TensorView grad_weights = args.optional_tensor("grad_weights");
   const TensorView weights_index = args.optional_tensor("weights_index");
@@ -444,13 +448,27 @@ void dot_attention_bwd(const py::args& items) {
   call.set_inputs(query, key, value);
   call.check_out_shape(grad_out);
   params.grad_out = tensor4(grad_out);
-  call.check_out_shape(out);
-  params.out = tensor4(out);
-  call.check_rows_buffer(lse, call.real);
-  params.lse = lse.data;
+  if (static_cast<bool>(out) != static_cast<bool>(lse)) {
+    reject(out ? "lse" : "out", "both out and lse or neither", "None");
+  }
+  if (lse) {
+    call.check_out_shape(out);
+    params.out = tensor4(out);
+    call.check_rows_buffer(lse, call.real);
+    params.lse = lse.data;
+  } else {
+    const bool only_operands = !modifiers.cu_seqlens_q && !modifiers.sink && !grad_weights && !delta_shift &&
+                               !grad_bias[0] && !grad_bias[1] && params.softcap == 0.0 && params.dropout_p == 0.0;
+    if (params.key_tokens > kWholeRowKeys || !only_operands) {
+      reject("lse", "a tensor (only calls with at most " + std::to_string(kWholeRowKeys) +
+                        " keys and no gradient but those of query, key and value do without)", "None");
+    }
+  }
   // A workspace nobody else reads: for a small problem, a tensor for it would cost as much as the kernel.
   std::unique_ptr<double[]> own_delta;
-  if (delta) {
+  if (!lse) {
+    // not needed
+  } else if (delta) {
     call.check_rows_buffer(delta, call.real);
     params.delta = delta.data;
   } else {
@@ -502,13 +520,16 @@ void dot_attention_bwd(const py::args& items) {
   check_range("threads", threads, 1, std::numeric_limits<int32_t>::max());
   params.threads = static_cast<int32_t>(threads);
 
-  const py::gil_scoped_release no_gil;
-  kernels().dot_attention_bwd(params);
+  {
+    const py::gil_scoped_release no_gil;
+    kernels().dot_attention_bwd(params);
+  }
+  return py::none();
 }
 
 // None if the forward takes the decode kernel, else why not. Nothing is computed.
-py::object dot_attention_decode_obstacle(const py::args& items) {
-  ArgReader args("dot_attention_decode_obstacle", items, 19);
+py::object dot_attention_decode_obstacle(PyObject* const* items, Py_ssize_t given) {
+  ArgReader args("dot_attention_decode_obstacle", items, given, 19);
   const TensorView query = args.tensor("query");
   const TensorView key = args.tensor("key");
   const TensorView value = args.tensor("value");
@@ -522,12 +543,83 @@ py::object dot_attention_decode_obstacle(const py::args& items) {
   return py::str(obstacle);
 }
 
+// ---- Ordinary calls ---------------------------------------------------------------------------------------------
+
+// What Python's side of torch is asked about every call. Held for the life of the process.
+struct TorchProbes {
+  PyObject *tensor_type, *parameter_type, *is_neg, *dispatch_modes, *functorch_active, *autocast_enabled, *grad_enabled,
+      *forward_ad;
+};
+TorchProbes g_probes = {};
+
+bool ask(PyObject* function, PyObject* argument = nullptr) {
+  const py::object answer = py::reinterpret_steal<py::object>(argument == nullptr ? PyObject_CallNoArgs(function)
+                                                                                  : PyObject_CallOneArg(function, argument));
+  const int truth = answer ? PyObject_IsTrue(answer.ptr()) : -1;
+  if (truth < 0) throw py::error_already_set();
+  return truth != 0;
+}
+
+bool attribute(PyObject* object, PyObject* name) {
+  const py::object value = py::reinterpret_steal<py::object>(PyObject_GetAttr(object, name));
+  if (!value) throw py::error_already_set();
+  return value.ptr() == Py_True;
+}
+
+// Python spends longer on these questions, one by one, than a small problem takes.
+py::object ordinary_call(PyObject* const* items, Py_ssize_t given) {
+  ArgReader("ordinary_call", items, given, 3);  // for its checks
+  static PyObject* const kCpu = PyUnicode_InternFromString("cpu");
+  static PyObject* const kLevel = PyUnicode_InternFromString("_current_level");
+  static PyObject* const kRequiresGrad = PyUnicode_InternFromString("requires_grad");
+  const py::object no = py::int_(0);
+  for (int i = 0; i < 3; ++i) {
+    const PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(items[i]));
+    if (type != g_probes.tensor_type && type != g_probes.parameter_type) return no;
+  }
+  if (ask(g_probes.dispatch_modes) || ask(g_probes.functorch_active) || ask(g_probes.autocast_enabled, kCpu)) return no;
+  const py::object level = py::reinterpret_steal<py::object>(PyObject_GetAttr(g_probes.forward_ad, kLevel));
+  if (!level) throw py::error_already_set();
+  if (PyLong_AsLong(level.ptr()) >= 0) return no;
+
+  dlpack::Tensor tensors[3];
+  for (int i = 0; i < 3; ++i) {
+    if (g_exchange_api->dltensor_from_py_object_no_sync(items[i], &tensors[i]) != 0) {
+      PyErr_Clear();
+      return no;
+    }
+    DType dtype;
+    if (tensors[i].device.type != dlpack::kCpu || tensors[i].ndim != 4 || !read_dtype(tensors[i].dtype, &dtype) ||
+        !is_floating(dtype) || tensors[i].dtype.code != tensors[0].dtype.code ||
+        tensors[i].dtype.bits != tensors[0].dtype.bits) {
+      return no;
+    }
+  }
+  const int64_t *query = tensors[0].shape, *key = tensors[1].shape, *value = tensors[2].shape;
+  for (int i = 0; i < 2; ++i)
+    if (query[i] != key[i] || query[i] != value[i]) return no;
+  if (query[3] != key[3] || key[2] != value[2]) return no;
+  for (int i = 0; i < 3; ++i)
+    if (ask(g_probes.is_neg, items[i])) return no;
+  bool gradient = false;
+  for (int i = 0; i < 3 && !gradient; ++i) gradient = attribute(items[i], kRequiresGrad);
+  return py::int_(gradient && ask(g_probes.grad_enabled) ? -query[3] : query[3]);
+}
+
 // ---- The module -------------------------------------------------------------------------------------------------
 
-void init(const py::object& exchange_api_capsule, uintptr_t parallel_for_address) {
+void init(const py::object& exchange_api_capsule, uintptr_t parallel_for_address, const py::tuple& probes) {
   const dlpack::ExchangeApi* api = exchange_api_from_capsule(exchange_api_capsule);
   if (parallel_for_address == 0) throw py::value_error("parallel_for_address: expected an address, got 0");
+  PyObject** const slots[] = {&g_probes.tensor_type,      &g_probes.parameter_type,   &g_probes.is_neg,
+                              &g_probes.dispatch_modes,   &g_probes.functorch_active, &g_probes.autocast_enabled,
+                              &g_probes.grad_enabled,     &g_probes.forward_ad};
+  if (probes.size() != std::size(slots)) {
+    throw py::value_error("probes: expected " + std::to_string(std::size(slots)) + " objects, got " +
+                          std::to_string(probes.size()));
+  }
   select_isa_at_load();
+  for (size_t i = 0; i < std::size(slots); ++i) *slots[i] = py::object(probes[i]).release().ptr();
   set_parallel_for(reinterpret_cast<ParallelFor>(parallel_for_address));
   g_exchange_api = api;
 }
@@ -560,16 +652,43 @@ py::dict build_info() {
   return info;
 }
 
+// CPython's entry of an op function; exceptions become Python's as pybind11 would make them.
+template <py::object (*FUNCTION)(PyObject* const*, Py_ssize_t)>
+PyObject* entry(PyObject*, PyObject* const* items, Py_ssize_t given) {
+  try {
+    return FUNCTION(items, given).release().ptr();
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const py::builtin_exception& error) {
+    error.set_error();
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
+}
+
+template <py::object (*FUNCTION)(PyObject* const*, Py_ssize_t)>
+PyMethodDef op_function(const char* name) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&entry<FUNCTION>)), METH_FASTCALL, nullptr};
+}
+
+PyMethodDef g_op_functions[] = {op_function<dot_attention_fwd>("dot_attention_fwd"),
+                                op_function<dot_attention_bwd>("dot_attention_bwd"),
+                                op_function<dot_attention_decode_obstacle>("dot_attention_decode_obstacle"),
+                                op_function<ordinary_call>("ordinary_call"),
+                                {nullptr, nullptr, 0, nullptr}};
+
 }  // namespace
 }  // namespace attnfast
 
-// The functions keep no state but two words written by init and an atomic pointer.
+// The functions keep no state but what init writes once and an atomic pointer.
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "attnfast's kernels; see _C.pyi. Not a public interface.";
-  m.def("init", &attnfast::init, py::arg("exchange_api_capsule"), py::arg("parallel_for_address"));
-  m.def("dot_attention_fwd", &attnfast::dot_attention_fwd);
-  m.def("dot_attention_bwd", &attnfast::dot_attention_bwd);
-  m.def("dot_attention_decode_obstacle", &attnfast::dot_attention_decode_obstacle);
+  m.def("init", &attnfast::init, py::arg("exchange_api_capsule"), py::arg("parallel_for_address"), py::arg("probes"));
+  if (PyModule_AddFunctions(m.ptr(), attnfast::g_op_functions) != 0) throw py::error_already_set();
+  m.attr("WHOLE_ROW_KEYS") = attnfast::kWholeRowKeys;
   m.def("set_isa", &attnfast::set_isa, py::arg("name"));
   m.def("get_isa", [] { return attnfast::kernels().name; });
   m.def("available_isas", &attnfast::available_isas);

@@ -486,7 +486,7 @@ FULL_BOOL = torch.ones(B, H, TQ, TK, dtype=torch.bool)
 INT = torch.int64
 
 # id: (changed arguments, exception, pattern); run through forward, and through backward where it takes them.
-MISUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+MISUSED: dict[str, tuple[dict[str, Any], Any, str]] = {
     "query-none": ({"query": None}, TypeError, "query"),
     "query-number": ({"query": 3}, TypeError, "query"),
     "query-3d": ({"query": q(H, TQ, D)}, ValueError, "query"),
@@ -501,7 +501,7 @@ MISUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "key-heads": ({"key": k(B, 3, TK, D), "value": v(B, 3, TK, DV)}, ValueError, "H_kv dividing H"),
     "key-no-heads": ({"key": k(B, 0, TK, D), "value": v(B, 0, TK, DV)}, ValueError, "H_kv dividing H"),
     "value-tokens": ({"value": v(B, HKV, 5, DV)}, ValueError, "value"),
-    "out-none": ({"out": None}, TypeError, "out"),
+    "out-none": ({"out": None}, (TypeError, ValueError), "out: expected"),
     "out-shape": ({"out": q(B, H, TQ, DV + 1)}, ValueError, "out"),
     "out-dtype": ({"out": q(B, H, TQ, DV, dtype=torch.float64)}, TypeError, "out"),
     "lse-shape": ({"lse": q(B, H, TK)}, ValueError, "lse"),
@@ -564,6 +564,21 @@ BACKWARD_MISUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "grad-bias-alone": ({"grad_bias": q(B, H, TQ, TK)}, ValueError, "grad_bias"),
     "grad-bias-dtype": ({"bias": q(B, H, TQ, TK), "grad_bias": q(B, H, TQ, TK).double()}, TypeError, "grad_bias"),
     "grad-sink-alone": ({"grad_sink": q(H)}, ValueError, "grad_sink"),
+    "lse-none": ({"lse": None}, ValueError, "lse: expected both out and lse or neither"),
+    "neither-but-sink": ({"out": None, "lse": None, "sink": q(H)}, ValueError, "lse: expected a tensor"),
+    "neither-but-softcap": ({"out": None, "lse": None, "softcap": 1.0}, ValueError, "lse: expected a tensor"),
+    "neither-but-shift": ({"out": None, "lse": None, "delta_shift": q(B, H, TQ)}, ValueError, "lse: expected a tensor"),
+    "neither-but-bias-gradient": (
+        {"out": None, "lse": None, "bias": q(B, H, TQ, TK), "grad_bias": q(B, H, TQ, TK)},
+        ValueError,
+        "lse: expected a tensor",
+    ),
+    "neither-but-many-keys": (
+        {"out": None, "lse": None, "key": k(B, HKV, 65, D), "value": v(B, HKV, 65, DV), "grad_key": None,
+         "grad_value": None},
+        ValueError,
+        "only calls with at most 64 keys",
+    ),
     "grad-weights-missing": ({"weights_mode": 1}, ValueError, "grad_weights"),
     "index-missing": ({"weights_mode": 3, "grad_weights": q(B, H, TQ)}, ValueError, "weights_index"),
     "index-dtype": (

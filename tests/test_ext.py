@@ -128,6 +128,6 @@ def test_uninitialised_binary_refuses_to_work() -> None:
 
 def test_init_wants_a_capsule_and_an_address() -> None:
     with pytest.raises((TypeError, ValueError)):
-        _C.init(object(), 1)
+        _C.init(object(), 1, ())
     with pytest.raises(ValueError, match="parallel_for_address"):
-        _C.init(torch.Tensor.__dlpack_c_exchange_api__, 0)
+        _C.init(torch.Tensor.__dlpack_c_exchange_api__, 0, ())

@@ -20,6 +20,10 @@ struct Tensor4 {
   DType dtype = DType::kFloat32;
 };
 
+// Up to so many keys, a backward that differentiates nothing but out by query, key and value needs neither out nor lse:
+// it forms whole rows of the softmax at once.
+constexpr int64_t kWholeRowKeys = 64;
+
 // One call of the dot-product core, forward or backward. "Real" below is the accumulation type: double for float64
 // inputs, float otherwise. Tensors marked contiguous carry no strides.
 struct DotAttentionParams {

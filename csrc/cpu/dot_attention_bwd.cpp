@@ -4,6 +4,7 @@
 // Two schedules give bitwise equal results, because both add the same tile products in the same order:
 //   one pass, a task per key head: five products a tile;
 //   two passes, for fewer heads than threads: a task per key range for dK and dV, one per query block for dQ; seven.
+// Up to 64 keys are one tile, which holds whole rows: P and delta = rowsum(P * dP) then need nothing from the forward.
 // The gradient of a bias is added to by whatever forms dS, if no other task adds to the same elements; else (a bias that
 // heads or samples share, a soft cap between it and dS) by a pass of its own whose tasks own disjoint parts. Either way
 // the elements are summed in one fixed order, without atomics.
@@ -14,6 +15,7 @@
 namespace attnfast::ATTNFAST_ISA {
 namespace {
 
+static_assert(kWholeRowKeys == kKeyTile);
 constexpr int kTilesPerTask = 4;  // key tiles of one dK, dV task of the two-pass schedule
 
 template <class R>
@@ -84,14 +86,16 @@ GradPanel<R> load_panel(const Backward<R>& f, const HeadContext& c, int64_t q0, 
                                s.grad_out + slot * W * f.value_pad);
   pack_transposed<R>(panel.queries, nq, p.head_size, packed, R(score_scale(p.scale).query));
   pack_transposed<R>(panel.grad_out, nq, p.value_size, packed_grad, R(1));
+  panel.query = {q0, nq, packed, minus_lse, nullptr};
+  panel.packed_grad = packed_grad;
+  panel.minus_delta = minus_delta;
+  if (!p.lse) return panel;
   load_panel_lse<R>(c, q0, nq, minus_lse);
   ScoreScratch<R> score_scratch(s.score);
   bool split = split_huge_lse<R>(c, q0, nq, packed, minus_lse, minus_log, s.keys, s.P, score_scratch);
   const R* delta = static_cast<const R*>(p.delta) + c.row(q0);
   for (int q = 0; q < W; q++) minus_delta[q] = q < nq ? -delta[q] : R(0);
-  panel.query = {q0, nq, packed, minus_lse, split ? minus_log : nullptr};
-  panel.packed_grad = packed_grad;
-  panel.minus_delta = minus_delta;
+  if (split) panel.query.minus_log = minus_log;
   return panel;
 }
 
@@ -124,6 +128,22 @@ __attribute__((noinline)) void gradient_tile(const HeadContext& c, const ScoreTi
   const DotAttentionParams& p = *c.p;
   int vectors = (tile.nq + N - 1) / N;
   R *P = s.P, *S = s.S;
+  if (!p.lse) {
+    softmax_tile<R>(c, tile, keys, panel.query, P);
+    raw_scores<R>(values, p.value_size, panel.packed_grad, S, tile.nk, vectors, tile.bands_or_null());
+    for (int j = 0; j < vectors; j++) {
+      Vec<R> delta{};
+      for (int k = 0; k < tile.nk; k++) {
+        Vec<R> w = load(P + k * W + N * j), y = w * load(S + k * W + N * j);
+        delta += w == R(0) ? Vec<R>{} : y;
+      }
+      for (int k = 0; k < tile.nk; k++) {
+        Vec<R> w = load(P + k * W + N * j), y = w * (load(S + k * W + N * j) - delta);
+        store(S + k * W + N * j, w == R(0) ? Vec<R>{} : y);
+      }
+    }
+    return;
+  }
   probability_tile<R>(c, tile, keys, panel.query, P, s.slope);
   bool direct = p.dropout_p > 0 || p.grad_weights.data || p.softcap > 0;
   bool masked = tile.masked;
@@ -462,7 +482,7 @@ void backward(const DotAttentionParams& p) {
       double(heads) * double(longest_q) * double(longest_k) * double(p.head_size + p.value_size + 8) < kSerialWork / 2;
 
   int64_t pieces = (p.query_tokens + kDeltaRows - 1) / kDeltaRows;
-  run<R, delta_task<R>>(f, (p.cu_seqlens_q ? 1 : p.batch) * p.heads * pieces, serial);
+  if (p.lse) run<R, delta_task<R>>(f, (p.cu_seqlens_q ? 1 : p.batch) * p.heads * pieces, serial);
   if (p.grad_sink) run<R, sink_task<R>>(f, p.heads, serial);
 
   // Products a tile times rounds of tasks, for either schedule.

@@ -127,6 +127,35 @@ __attribute__((noinline)) void probability_tile(const HeadContext& c, const Scor
                    });
 }
 
+// P[key][query] = softmax over the keys of a tile that holds all keys: what probability_tile gives with the lse of the
+// forward, without needing it.
+template <class R>
+__attribute__((noinline)) void softmax_tile(const HeadContext& c, const ScoreTile<R>& tile, Rows<R> keys,
+                                            const QueryPanel<R>& panel, R* P) {
+  constexpr int N = kLanes<R>, W = kPanel<R>;
+  int vectors = (tile.nq + N - 1) / N;
+  R factor = R(score_scale(c.p->scale).score);
+  bool plain = tile.plain();
+  raw_scores<R>(keys, c.p->head_size, panel.packed, P, tile.nk, vectors, tile.bands_or_null());
+  for (int j = 0; j < vectors; j++) {
+    Vec<R> maximum = splat(-infinity<R>()), sum{};
+    for (int k = 0; k < tile.nk; k++) {
+      Vec<R> x = load(P + k * W + N * j) * factor;
+      if (!plain) x = tile.modify(x, k, j);
+      maximum = x > maximum ? x : maximum;
+    }
+    Vec<R> base = maximum == -infinity<R>() ? Vec<R>{} : maximum;
+    for (int k = 0; k < tile.nk; k++) {
+      Vec<R> x = load(P + k * W + N * j) * factor - base;
+      Vec<R> e = exp2v<R>(plain ? x : tile.modify(x, k, j));
+      sum += e;
+      store(P + k * W + N * j, e);
+    }
+    Vec<R> inverse = sum == R(0) ? Vec<R>{} : R(1) / sum;
+    for (int k = 0; k < tile.nk; k++) store(P + k * W + N * j, load(P + k * W + N * j) * inverse);
+  }
+}
+
 template <class R>
 void multiply_tile(const ScoreTile<R>& tile, R* x, const R* factor) {
   for_live_vectors(tile, [&](int i) ATTNFAST_LAMBDA { store(x + i, load(x + i) * load(factor + i)); });

@@ -109,6 +109,20 @@ void infer(const KernelTable& kernels, const Problem& problem, int threads, Resu
   kernels.dot_attention_fwd(params);
 }
 
+bool needs_no_lse(const Config& c) {
+  return c.key_tokens <= kWholeRowKeys && c.sequences == 0 && !c.sink && c.bias[0] < 0 && c.bias[1] < 0 &&
+         !c.lse_gradient && c.weights_mode == WeightsMode::kNone && c.softcap == 0 && c.dropout_p == 0;
+}
+
+// A backward from the operands alone.
+void differentiate_without_lse(const KernelTable& kernels, const Problem& problem, int threads, Results& results) {
+  DotAttentionParams params = results.params(problem);
+  params.threads = t_pool_threads = threads;
+  params.lse = params.delta = nullptr;
+  params.out = {};
+  kernels.dot_attention_bwd(params);
+}
+
 std::string check_row_maximum(const Problem& problem, const Results& results, const Expected& expected,
                               double relative) {
   const Config& c = problem.config;
@@ -154,6 +168,13 @@ std::string check(const KernelTable& kernels, const Problem& problem) {
     check_gradient("grad_bias", c.bias[i] >= 0, serial.grad_bias[i], expected.grad_bias[i]);
   }
   check_gradient("grad_sink", c.sink, serial.grad_sink, expected.grad_sink);
+  if (needs_no_lse(c)) {
+    differentiate_without_lse(kernels, problem, 1, inferred);
+    differentiate_without_lse(kernels, problem, g_threads, inferred_threaded);
+    check_gradient("grad_query without lse", c.want_query, inferred.grad_query, expected.grad_query);
+    check_gradient("grad_key without lse", c.want_key, inferred.grad_key, expected.grad_key);
+    check_gradient("grad_value without lse", c.want_value, inferred.grad_value, expected.grad_value);
+  }
   for (const std::string& error : errors)
     if (!error.empty()) return error;
 
@@ -165,6 +186,9 @@ std::string check(const KernelTable& kernels, const Problem& problem) {
   };
   equal("out", serial.out, threaded.out);
   equal("out without lse", inferred.out, inferred_threaded.out);
+  equal("grad_query without lse", inferred.grad_query, inferred_threaded.grad_query);
+  equal("grad_key without lse", inferred.grad_key, inferred_threaded.grad_key);
+  equal("grad_value without lse", inferred.grad_value, inferred_threaded.grad_value);
   equal("lse", serial.lse, threaded.lse);
   equal("weights", serial.weights, threaded.weights);
   equal("grad_query", serial.grad_query, threaded.grad_query);
