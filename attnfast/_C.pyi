@@ -11,9 +11,6 @@ from typing import Any
 
 from torch import Tensor
 
-WHOLE_ROW_KEYS: int
-"""See ``dot_attention_bwd``."""
-
 def init(exchange_api_capsule: Any, parallel_for_address: int, probes: tuple[Any, ...]) -> None:
     """Connect to torch and choose the ISA; ``attnfast._ext`` calls this once.
 
@@ -29,6 +26,11 @@ def ordinary_call(query: Any, key: Any, value: Any, /) -> int:
     That is: plain dense CPU tensors ``[B, H, T_q, D]``, ``[B, H, T_k, D]``, ``[B, H, T_k, D_v]`` of one floating dtype
     without a negative bit, no dispatch mode, functorch transform, forward-mode level or autocast. Returns D, or -D if a
     gradient is wanted, or 0 if the call is not ordinary (then nothing is said about why).
+    """
+
+def ordinary_gradient(grad_out: Any, /) -> bool:
+    """Whether the backward kernel can take a gradient ``[B, H, T_q, D_v]`` exactly as it came and nothing intercepts or
+    records what the backward does (no dispatch mode, functorch transform, or grad mode).
     """
 
 def dot_attention_fwd(
@@ -110,8 +112,8 @@ def dot_attention_bwd(
 ) -> None:
     """Write the gradients that are not None; the modifiers are those of the forward call.
 
-    ``out`` and ``lse`` may both be None if T_k is at most ``WHOLE_ROW_KEYS`` and only gradients of ``out`` by query, key
-    and value are asked for, without soft cap, dropout, sink or packing.
+    ``out`` and ``lse`` may both be None if T_k is at most ``whole_row_keys()`` and only gradients of ``out`` by query,
+    key and value are asked for, without soft cap, dropout, sink or packing.
 
     - ``delta`` Real, contiguous ``[B, H, T_q]``: workspace, None = the binary's own; ``delta_shift`` likewise, added to
       rowsum(grad_out * out).
@@ -121,6 +123,9 @@ def dot_attention_bwd(
       ``[B, H, T_q, T_k]``; dimensions of stride 0 are summed. ``grad_sink`` Real, contiguous ``[H]``.
     - ``threads``: ``torch.get_num_threads()``; chooses the schedule, never the result.
     """
+
+def whole_row_keys() -> int:
+    """Up to so many keys ``dot_attention_bwd`` can do without ``out`` and ``lse``."""
 
 def dot_attention_decode_obstacle(
     query: Tensor,

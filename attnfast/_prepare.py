@@ -37,9 +37,9 @@ def short_sdpa_call(
 ) -> tuple[Any, ...] | None:
     """Arguments of ``autograd.dot_attention`` for ordinary operands with an ordinary mask or scale.
 
-    `head_size` is what ``ops.ordinary_call`` said, without its sign; where it said 0, three dimensions are tried as ``[1, H, T, D]``.
-    None sends the call the long way, :func:`sdpa_call`, which also finds the words for what is wrong. A mask that wants
-    a gradient goes there as well: it must stay in its own shape.
+    `head_size` is what ``ops.ordinary_call`` said, without its sign; where it said 0, three dimensions are tried as
+    ``[1, H, T, D]``. None sends the call the long way, :func:`sdpa_call`, which also finds the words for what is wrong.
+    A mask that wants a gradient goes there as well: it must stay in its own shape.
     """
     try:
         if not head_size:

@@ -5,8 +5,8 @@ One call of :func:`dot_attention` takes one of four routes, named by :func:`plan
 ``"kernel"``
     Eager, no gradient wanted: the kernel, called without torch's dispatcher.
 ``"function"``
-    Eager, gradient wanted: :class:`DotAttentionFunction` (:class:`PlainFunction` for a call with nothing but scale and
-    causal alignment) around the forward and backward kernels.
+    Eager, gradient wanted: :class:`DotAttentionFunction` (for a call with nothing but scale and causal alignment
+    :class:`PlainFunction`, with few keys :class:`WholeRowFunction`) around the forward and backward kernels.
 ``"operator"``
     ``torch.ops.attnfast.dot_attention_fwd``: under torch.compile, torch.export, a dispatch mode (FakeTensorMode,
     FlopCounterMode, ...), for tensor subclasses, and under the functorch transforms ``vmap``, ``grad``, ``vjp``,
@@ -44,7 +44,7 @@ _run_backward: Any = ops.dot_attention_bwd
 _run_plain_forward = ops.plain_fwd
 _run_plain_backward = ops.plain_bwd
 _N_OPTION_TENSORS = ops.N_OPTION_TENSORS
-_WHOLE_ROW_KEYS = ops.WHOLE_ROW_KEYS
+_ordinary_gradient = ops.ordinary_gradient
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 
 
@@ -223,30 +223,40 @@ class PlainFunction(Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, options: PlainOptions) -> Tensor:
-        ctx.options = options
-        if key.shape[2] <= _WHOLE_ROW_KEYS:
-            ctx.save_for_backward(query, key, value)
-            return _run_plain_forward(query, key, value, options, False)[0]
         out, lse = _run_plain_forward(query, key, value, options, True)
         ctx.save_for_backward(query, key, value, out, lse)
+        ctx.options = options
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, *rest = ctx.saved_tensors
-        out, lse = rest or (None, None)
-        needs = ctx.needs_input_grad
-        if not (_grad_enabled() or _dispatch_modes() or _functorch_active() or _is_compiling()):
-            try:
-                return (*_run_plain_backward(grad_out, query, key, value, out, lse, ctx.options, needs), None)
-            except TypeError:
-                if _all_have_storage(grad_out):
-                    raise
-        if lse is None:
-            with torch.no_grad():
-                out, lse = _run_plain_forward(query, key, value, ctx.options, True)
+        query, key, value, out, lse = ctx.saved_tensors
+        needs, options = ctx.needs_input_grad, ctx.options
+        if _ordinary_gradient(grad_out) and not _is_compiling():
+            return (*_run_plain_backward(grad_out, query, key, value, out, lse, options, needs), None)
         arguments = (grad_out, None, None, query, key, value, out, lse, None, None, None, None, None)
-        return (*_unusual_backward(arguments, ctx.options, (*needs[:3], False, False, False))[:3], None)
+        return (*_unusual_backward(arguments, options, (*needs[:3], False, False, False))[:3], None)
+
+
+class WholeRowFunction(Function):
+    """:class:`PlainFunction` of a call with at most ``ops.WHOLE_ROW_KEYS`` keys, which saves its operands only."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, options: PlainOptions) -> Tensor:
+        ctx.save_for_backward(query, key, value)
+        ctx.options = options
+        return _run_plain_forward(query, key, value, options, False)[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value = ctx.saved_tensors
+        needs, options = ctx.needs_input_grad, ctx.options
+        if _ordinary_gradient(grad_out) and not _is_compiling():
+            return (*_run_plain_backward(grad_out, query, key, value, None, None, options, needs), None)
+        with torch.no_grad():
+            out, lse = _run_plain_forward(query, key, value, options, True)
+        arguments = (grad_out, None, None, query, key, value, out, lse, None, None, None, None, None)
+        return (*_unusual_backward(arguments, options, (*needs[:3], False, False, False))[:3], None)
 
 
 def _unusual_backward(
@@ -263,7 +273,9 @@ def _unusual_backward(
 
 # Function.apply without its Python wrapper, whose cases (functorch) were sent elsewhere before.
 _apply: Any = super(Function, DotAttentionFunction).apply
-plain_attention: Any = super(Function, PlainFunction).apply  # (query, key, value, PlainOptions) -> out
+# (query, key, value, PlainOptions) -> out
+plain_attention: Any = super(Function, PlainFunction).apply
+whole_row_attention: Any = super(Function, WholeRowFunction).apply
 
 
 _operator_autograd.register(ops.LIBRARY)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attnfast import _prepare, _validate, ops
 from attnfast._prepare import Call
-from attnfast.autograd import dot_attention, plain_attention
+from attnfast.autograd import dot_attention, plain_attention, whole_row_attention
 from attnfast.ops import PlainOptions
 from attnfast.reference import AttentionOutput
 
@@ -21,6 +21,7 @@ __all__ = ["AttentionOutput", "attention", "scaled_dot_product_attention", "varl
 
 _ordinary_call = ops.ordinary_call  # a global costs half of what two attribute look-ups do
 _plain_fwd = ops.plain_fwd
+_WHOLE_ROW_KEYS = ops.WHOLE_ROW_KEYS
 _is_compiling = torch.compiler.is_compiling
 # Options of plain calls by (D, is_causal or causal), or (D, is_causal, scale) where the caller chose the scale:
 # building them anew would cost as much as all checks together.
@@ -109,6 +110,8 @@ def scaled_dot_product_attention(
             options = _PLAIN_OPTIONS.get(kind) or _new_options(head_size, is_causal, scale)
             if size > 0:
                 return _plain_fwd(query, key, value, options, False)[0]
+            if key.shape[2] <= _WHOLE_ROW_KEYS:
+                return whole_row_attention(query, key, value, options)
             return plain_attention(query, key, value, options)
         call = _prepare.short_sdpa_call(query, key, value, attn_mask, is_causal, scale, abs(size))
         if call is not None:
@@ -250,6 +253,8 @@ def attention(
         options = _PLAIN_OPTIONS.get((head_size, causal)) or _new_options(head_size, causal)
         if size > 0:
             return _plain_fwd(query, key, value, options, False)[0]
+        if key.shape[2] <= _WHOLE_ROW_KEYS:
+            return whole_row_attention(query, key, value, options)
         return plain_attention(query, key, value, options)
     return _run(
         _prepare.attention_call(

@@ -40,13 +40,14 @@ __all__ = [
     "WEIGHTS_FULL",
     "WEIGHTS_NONE",
     "WEIGHTS_ROW_MAX",
+    "WHOLE_ROW_KEYS",
     "DotAttentionOptions",
     "PlainOptions",
     "dot_attention_bwd",
     "dot_attention_fwd",
-    "WHOLE_ROW_KEYS",
     "draw_seed",
     "ordinary_call",
+    "ordinary_gradient",
     "plain_bwd",
     "plain_fwd",
 ]
@@ -61,6 +62,7 @@ _REAL = {torch.float64: torch.float64, torch.float32: torch.float32}
 _F32 = torch.float32
 _empty_like = torch.empty_like
 ordinary_call = _C.ordinary_call
+ordinary_gradient = _C.ordinary_gradient
 _forward: Any = _C.dot_attention_fwd
 _backward: Any = _C.dot_attention_bwd
 _num_threads = torch.get_num_threads
@@ -146,7 +148,7 @@ def dot_attention_fwd(
 
 
 # Up to so many keys, the backward of a plain call needs neither out nor lse.
-WHOLE_ROW_KEYS: int = _C.WHOLE_ROW_KEYS
+WHOLE_ROW_KEYS: int = _C.whole_row_keys()
 
 
 def plain_fwd(
@@ -171,10 +173,8 @@ def plain_bwd(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """:func:`dot_attention_bwd` of a plain call: the gradients of query, key and value.
 
-    Up to ``WHOLE_ROW_KEYS`` keys, `out` and `lse` may be None.
+    `grad_out` has passed ``ordinary_gradient``. Up to ``WHOLE_ROW_KEYS`` keys, `out` and `lse` may be None.
     """
-    if grad_out.is_neg():
-        grad_out = grad_out.resolve_neg()
     grad_query = _empty_like(query) if needs[0] else None
     grad_key = _empty_like(key) if needs[1] else None
     grad_value = _empty_like(value) if needs[2] else None

@@ -7,6 +7,7 @@ from pathlib import Path
 from .registry import OURS, TORCH
 from .report import grouped
 from .results import OK, Row
+from .sweep import SUITE
 
 _FASTER, _SLOWER, _INK = "#2a7f62", "#c8413b", "#333333"
 _MARKS = {
@@ -31,7 +32,11 @@ def write_chart(rows: list[Row], path: Path) -> None:
     import matplotlib.pyplot as plt
     from matplotlib.ticker import FuncFormatter
 
-    measured = [row for row in rows if row.status == OK and row.ratio and row.peer not in (OURS, "attnfast._C")]
+    measured = [
+        row
+        for row in rows
+        if row.status == OK and row.ratio and row.peer not in (OURS, "attnfast._C") and row.suite != SUITE
+    ]
     if not measured:
         raise ValueError("there is nothing to draw: no row holds a ratio to a peer")
     labels = list(dict.fromkeys((row.suite, row.case, row.pass_) for row in measured))

@@ -42,7 +42,7 @@ class Settings:
     """How long to measure. A sample lasts at least `sample_s`; rounds fill `budget_s` within their bounds."""
 
     sample_s: float = 0.002
-    budget_s: float = 1.5
+    budget_s: float = 1.0
     min_rounds: int = 7
     max_rounds: int = 60
 

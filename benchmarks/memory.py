@@ -49,14 +49,11 @@ def measure_here(suite: str, case_name: str, peer_name: str, which: str, threads
     libc.prctl(_THP_DISABLE, 1, 0, 0, 0)  # huge pages would round everything up to 2 MiB
     torch.set_num_threads(threads)
     case, peer = find_case(suite, case_name), find_peer(peer_name)
-    # A compiled peer must have compiled for these very sizes, or the compiler would be what is measured.
-    warm_case = case if peer.compiled else case.small()
+    warm_case = case.small()
     with peer.context():
         warm, grad = step(peer.build(warm_case, warm_case.inputs()), which)
         with torch.set_grad_enabled(grad):
             warm()
-            if peer.compiled:
-                warm()
         del warm
         workload = peer.build(case, case.inputs())
         with torch.set_grad_enabled(grad):

@@ -41,6 +41,7 @@ class Attnfast(Peer):
     """This library: the drop-in function where torch's signature suffices, ``attention`` otherwise."""
 
     name = OURS
+    suites = ("dot", "overhead", "sweep")
 
     def build(self, case: AttentionCase, inputs: Inputs) -> Workload:
         import attnfast
@@ -142,6 +143,7 @@ class TorchSdpa(Peer):
     """``F.scaled_dot_product_attention`` as it chooses by itself (the CPU flash kernel where that applies)."""
 
     name = TORCH
+    suites = ("dot", "overhead", "sweep")
 
     def build(self, case: AttentionCase, inputs: Inputs) -> Workload:
         if case.varlen:
@@ -154,6 +156,7 @@ class TorchMath(TorchSdpa):
     """The same function held to its unfused path."""
 
     name = "sdpa math"
+    suites = ("dot", "overhead")
 
     def context(self) -> contextlib.AbstractContextManager[Any]:
         from torch.nn.attention import SDPBackend, sdpa_kernel

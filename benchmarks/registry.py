@@ -106,6 +106,11 @@ def suites() -> tuple[str, ...]:
     return (*_CASES, "model")
 
 
+def default_suites() -> tuple[str, ...]:
+    """What runs when no suite is named: all but the sweep, which takes long and answers one question."""
+    return tuple(name for name in suites() if name != "sweep")
+
+
 def cases(suite: str, quick: bool = False) -> list[Any]:
     _load()
     return [case for case in _CASES.get(suite, []) if case.quick or not quick]
@@ -130,4 +135,4 @@ def find_peer(name: str) -> Peer:
 
 def _load() -> None:
     """Importing the modules registers what is in them."""
-    from . import cases_dot, cases_overhead, peers  # noqa: F401
+    from . import cases_dot, cases_overhead, cases_sweep, peers  # noqa: F401

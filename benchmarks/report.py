@@ -16,6 +16,7 @@ from rich.text import Text
 
 from .registry import BACKWARD, BOTH, FORWARD, OURS, TORCH
 from .results import OK, Row
+from .sweep import SUITE, print_sweep
 
 README_BEGIN = "<!-- bench:begin -->"
 README_END = "<!-- bench:end -->"
@@ -152,7 +153,8 @@ def print_report(rows: list[Row], console: Console) -> None:
         "A peer's column is its time over attnfast's: above 1, attnfast is faster. Median of interleaved rounds; "
         "spread is half the interquartile range.\n"
     )
-    for suite in dict.fromkeys(row.suite for row in rows):
+    print_sweep(rows, console)
+    for suite in dict.fromkeys(row.suite for row in rows if row.suite != SUITE):
         chosen = [row for row in rows if row.suite == suite]
         console.print(_suite_table(suite, chosen))
         if suite == "model":
@@ -200,7 +202,7 @@ def _print_summary(rows: list[Row], console: Console) -> None:
                 Text(str(lost), style="bold red" if lost else "green"),
             )
     console.print(table)
-    slower = losses(rows)
+    slower = losses(row for row in rows if row.suite != SUITE)  # the sweep has named its own
     for row in slower:
         console.print(
             f"slower than {row.peer}: {row.suite}, {row.case}, {row.pass_}, {row.threads} threads: "
@@ -246,7 +248,7 @@ def markdown_table(rows: list[Row]) -> str:
                     dtype = group[OURS].dtype
             lines.append(f"| {case} | {dtype} | {count} | {' | '.join(cells)} | {memory} |")
     lines.append("")
-    rest = [row for row in rows if row.suite != "dot" and row.peer == TORCH]
+    rest = [row for row in rows if row.suite not in ("dot", SUITE) and row.peer == TORCH]
     if rest:
         lines.append("| case | threads | attnfast | torch | ratio |")
         lines.append("|---|---|---|---|---|")

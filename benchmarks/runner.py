@@ -21,7 +21,7 @@ _SGEMM = "sgemm"
 _SGEMM_SIZE = 512
 # A quick run ends in two minutes on a busy machine too: past the first mark it leaves out compiled peers and memory and
 # takes three rounds; past the second it leaves out whole cases of the large suites (and says so).
-_QUICK_HURRY, _QUICK_STOP = 50.0, 75.0
+_QUICK_HURRY, _QUICK_STOP = 65.0, 85.0
 
 
 @dataclass
@@ -163,9 +163,9 @@ class Run:
                     row.status = _status(error)
                     row.note = _reason(error)
             rows.append(row)
-        if case.suite != "overhead":
+        if case.suite == "dot":
             samplers[_SGEMM] = _sgemm_sampler()
-        timing = interleave(samplers, self._settings())
+        timing = interleave(samplers, getattr(case, "settings", None) or self._settings())
         for row in rows:
             if row.status != OK:
                 continue
@@ -184,12 +184,20 @@ class Run:
         return rows
 
     def _add_memory(self, case: Any, rows: list[Row], known: dict[tuple[str, str], tuple[int | None, str]]) -> None:
-        """Memory once per pass, at the largest number of threads (scratch grows with threads); overhead has none."""
-        if self._meter is None or case.suite == "overhead":
+        """Memory once per pass, at the largest number of threads (scratch grows with threads).
+
+        Not for calls of microseconds, compiled peers (each measuring process would compile anew, for most of a minute)
+        and the sum of two passes, which holds what the backward holds. A quick run takes the last pass of two peers.
+        """
+        if self._meter is None or case.suite in ("overhead", "sweep"):
             return
         for row in rows:
-            compiled = registry.find_peer(row.peer).compiled
-            if row.status != OK or self._late() or (compiled and self.plan.quick):
+            if row.status != OK or self._late() or registry.find_peer(row.peer).compiled:
+                continue
+            if row.pass_ == registry.BOTH and registry.BACKWARD in case.passes:
+                continue
+            last = self.plan.passes(case)[-1]
+            if self.plan.quick and (row.pass_ != last or row.peer not in (OURS, registry.TORCH)):
                 continue
             key = (row.pass_, row.peer)
             if key not in known:

@@ -1,8 +1,8 @@
 // The Python module attnfast._C: one function per op. Reads the arguments, checks everything a kernel relies on, fills
 // the parameter struct, releases the GIL and calls the kernel of the chosen ISA. Python owns every tensor.
 //
-// The op functions take their arguments as CPython hands them over (METH_FASTCALL) and read them by position: naming each
-// argument in its own error is then possible, and a small call is not dominated by unpacking.
+// The op functions take their arguments as CPython hands them over (METH_FASTCALL) and read them by position: naming
+// each argument in its own error is then possible, and a small call is not dominated by unpacking.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -460,8 +460,10 @@ py::object dot_attention_bwd(PyObject* const* items, Py_ssize_t given) {
     const bool only_operands = !modifiers.cu_seqlens_q && !modifiers.sink && !grad_weights && !delta_shift &&
                                !grad_bias[0] && !grad_bias[1] && params.softcap == 0.0 && params.dropout_p == 0.0;
     if (params.key_tokens > kWholeRowKeys || !only_operands) {
-      reject("lse", "a tensor (only calls with at most " + std::to_string(kWholeRowKeys) +
-                        " keys and no gradient but those of query, key and value do without)", "None");
+      reject("lse",
+             "a tensor (only calls with at most " + std::to_string(kWholeRowKeys) +
+                 " keys and no gradient but those of query, key and value do without)",
+             "None");
     }
   }
   // A workspace nobody else reads: for a small problem, a tensor for it would cost as much as the kernel.
@@ -553,8 +555,8 @@ struct TorchProbes {
 TorchProbes g_probes = {};
 
 bool ask(PyObject* function, PyObject* argument = nullptr) {
-  const py::object answer = py::reinterpret_steal<py::object>(argument == nullptr ? PyObject_CallNoArgs(function)
-                                                                                  : PyObject_CallOneArg(function, argument));
+  const py::object answer = py::reinterpret_steal<py::object>(
+      argument == nullptr ? PyObject_CallNoArgs(function) : PyObject_CallOneArg(function, argument));
   const int truth = answer ? PyObject_IsTrue(answer.ptr()) : -1;
   if (truth < 0) throw py::error_already_set();
   return truth != 0;
@@ -566,44 +568,56 @@ bool attribute(PyObject* object, PyObject* name) {
   return value.ptr() == Py_True;
 }
 
-// Python spends longer on these questions, one by one, than a small problem takes.
+// Whether tensors are ordinary in themselves: plain CPU tensors of four dimensions and one floating dtype, whose memory
+// holds their values. Python spends longer on these questions, one by one, than a small problem takes.
+bool ordinary_tensors(PyObject* const* items, int count, dlpack::Tensor* tensors) {
+  for (int i = 0; i < count; ++i) {
+    const PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(items[i]));
+    if (type != g_probes.tensor_type && type != g_probes.parameter_type) return false;
+  }
+  // First: a functorch wrapper has no memory to look at, and torch's refusal costs a stack trace.
+  if (ask(g_probes.dispatch_modes) || ask(g_probes.functorch_active)) return false;
+  for (int i = 0; i < count; ++i) {
+    if (g_exchange_api->dltensor_from_py_object_no_sync(items[i], &tensors[i]) != 0) {
+      PyErr_Clear();
+      return false;
+    }
+    DType dtype;
+    if (tensors[i].device.type != dlpack::kCpu || tensors[i].ndim != 4 || !read_dtype(tensors[i].dtype, &dtype) ||
+        !is_floating(dtype) || tensors[i].dtype.code != tensors[0].dtype.code ||
+        tensors[i].dtype.bits != tensors[0].dtype.bits) {
+      return false;
+    }
+  }
+  for (int i = 0; i < count; ++i)
+    if (ask(g_probes.is_neg, items[i])) return false;
+  return true;
+}
+
 py::object ordinary_call(PyObject* const* items, Py_ssize_t given) {
   ArgReader("ordinary_call", items, given, 3);  // for its checks
   static PyObject* const kCpu = PyUnicode_InternFromString("cpu");
   static PyObject* const kLevel = PyUnicode_InternFromString("_current_level");
   static PyObject* const kRequiresGrad = PyUnicode_InternFromString("requires_grad");
   const py::object no = py::int_(0);
-  for (int i = 0; i < 3; ++i) {
-    const PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(items[i]));
-    if (type != g_probes.tensor_type && type != g_probes.parameter_type) return no;
-  }
-  if (ask(g_probes.dispatch_modes) || ask(g_probes.functorch_active) || ask(g_probes.autocast_enabled, kCpu)) return no;
+  dlpack::Tensor tensors[3];
+  if (!ordinary_tensors(items, 3, tensors) || ask(g_probes.autocast_enabled, kCpu)) return no;
   const py::object level = py::reinterpret_steal<py::object>(PyObject_GetAttr(g_probes.forward_ad, kLevel));
   if (!level) throw py::error_already_set();
   if (PyLong_AsLong(level.ptr()) >= 0) return no;
-
-  dlpack::Tensor tensors[3];
-  for (int i = 0; i < 3; ++i) {
-    if (g_exchange_api->dltensor_from_py_object_no_sync(items[i], &tensors[i]) != 0) {
-      PyErr_Clear();
-      return no;
-    }
-    DType dtype;
-    if (tensors[i].device.type != dlpack::kCpu || tensors[i].ndim != 4 || !read_dtype(tensors[i].dtype, &dtype) ||
-        !is_floating(dtype) || tensors[i].dtype.code != tensors[0].dtype.code ||
-        tensors[i].dtype.bits != tensors[0].dtype.bits) {
-      return no;
-    }
-  }
   const int64_t *query = tensors[0].shape, *key = tensors[1].shape, *value = tensors[2].shape;
   for (int i = 0; i < 2; ++i)
     if (query[i] != key[i] || query[i] != value[i]) return no;
   if (query[3] != key[3] || key[2] != value[2]) return no;
-  for (int i = 0; i < 3; ++i)
-    if (ask(g_probes.is_neg, items[i])) return no;
   bool gradient = false;
   for (int i = 0; i < 3 && !gradient; ++i) gradient = attribute(items[i], kRequiresGrad);
   return py::int_(gradient && ask(g_probes.grad_enabled) ? -query[3] : query[3]);
+}
+
+py::object ordinary_gradient(PyObject* const* items, Py_ssize_t given) {
+  ArgReader("ordinary_gradient", items, given, 1);
+  dlpack::Tensor tensor;
+  return py::bool_(ordinary_tensors(items, 1, &tensor) && !ask(g_probes.grad_enabled));
 }
 
 // ---- The module -------------------------------------------------------------------------------------------------
@@ -611,9 +625,9 @@ py::object ordinary_call(PyObject* const* items, Py_ssize_t given) {
 void init(const py::object& exchange_api_capsule, uintptr_t parallel_for_address, const py::tuple& probes) {
   const dlpack::ExchangeApi* api = exchange_api_from_capsule(exchange_api_capsule);
   if (parallel_for_address == 0) throw py::value_error("parallel_for_address: expected an address, got 0");
-  PyObject** const slots[] = {&g_probes.tensor_type,      &g_probes.parameter_type,   &g_probes.is_neg,
-                              &g_probes.dispatch_modes,   &g_probes.functorch_active, &g_probes.autocast_enabled,
-                              &g_probes.grad_enabled,     &g_probes.forward_ad};
+  PyObject** const slots[] = {&g_probes.tensor_type,    &g_probes.parameter_type,   &g_probes.is_neg,
+                              &g_probes.dispatch_modes, &g_probes.functorch_active, &g_probes.autocast_enabled,
+                              &g_probes.grad_enabled,   &g_probes.forward_ad};
   if (probes.size() != std::size(slots)) {
     throw py::value_error("probes: expected " + std::to_string(std::size(slots)) + " objects, got " +
                           std::to_string(probes.size()));
@@ -678,6 +692,7 @@ PyMethodDef g_op_functions[] = {op_function<dot_attention_fwd>("dot_attention_fw
                                 op_function<dot_attention_bwd>("dot_attention_bwd"),
                                 op_function<dot_attention_decode_obstacle>("dot_attention_decode_obstacle"),
                                 op_function<ordinary_call>("ordinary_call"),
+                                op_function<ordinary_gradient>("ordinary_gradient"),
                                 {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace
@@ -688,7 +703,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "attnfast's kernels; see _C.pyi. Not a public interface.";
   m.def("init", &attnfast::init, py::arg("exchange_api_capsule"), py::arg("parallel_for_address"), py::arg("probes"));
   if (PyModule_AddFunctions(m.ptr(), attnfast::g_op_functions) != 0) throw py::error_already_set();
-  m.attr("WHOLE_ROW_KEYS") = attnfast::kWholeRowKeys;
+  m.def("whole_row_keys", [] { return attnfast::kWholeRowKeys; });
   m.def("set_isa", &attnfast::set_isa, py::arg("name"));
   m.def("get_isa", [] { return attnfast::kernels().name; });
   m.def("available_isas", &attnfast::available_isas);

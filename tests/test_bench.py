@@ -25,6 +25,8 @@ runner = load_benchmarks("runner")
 memory = load_benchmarks("memory")
 model_digits = load_benchmarks("model_digits")
 cases_dot = load_benchmarks("cases_dot")
+cases_sweep = load_benchmarks("cases_sweep")
+sweep = load_benchmarks("sweep")
 Row = results.Row
 
 DOT_CASES = registry.cases("dot")
@@ -217,7 +219,10 @@ def test_required_cases_are_there() -> None:
     assert {case.key_tokens for case in DOT_CASES if case.query_tokens == 1} == {1024, 8192}
     assert cases["1,8,512,64"].quick
     assert not cases["1,4,8192,64"].quick
-    assert registry.suites() == ("dot", "overhead", "model")
+    assert registry.suites() == ("dot", "overhead", "sweep", "model")
+    assert registry.default_suites() == ("dot", "overhead", "model")
+    cells = {(case.query_tokens, case.head_size) for case in registry.cases("sweep")}
+    assert cells == {(2**i, size) for i in range(13) for size in range(16, 257, 8)}
 
 
 def test_names_are_unique() -> None:
@@ -297,6 +302,27 @@ def test_run_keeps_why_a_peer_did_not_run(small_run: list[Any]) -> None:
     assert found["breaks", "backward"] == ("failed", "RuntimeError: first line")
     assert found["no backward", "forward"] == ("ok", "")
     assert found["no backward", "backward"] == ("unsupported", "NotImplementedError: forward only")
+
+
+def test_sweep_is_shown_and_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cells = [case for case in registry.cases("sweep") if case.query_tokens <= 2 and case.head_size <= 24]
+    monkeypatch.setattr(registry, "_CASES", {"sweep": cells})
+    monkeypatch.setattr(cases_sweep.SweepCase, "settings", QUICKEST)
+    rows = runner.Run(runner.Plan(("sweep",), threads=(1,), memory=False)).execute()
+    assert {row.peer for row in rows} == {"attnfast", "sdpa"}
+    for row in rows:  # one cell that torch wins
+        if row.peer == "sdpa":
+            slow = (row.query_tokens, row.head_size, row.pass_) == (2, 24, "forward")
+            row.ratio = 0.5 if slow else 1.5
+    console = report.make_console()
+    with console.capture() as capture:
+        report.print_report(rows, console)
+    assert "1 of 4 cells more than 5% slower than torch: T=2 D=24 0.50x; least 0.50x" in capture.get()
+    assert "0 of 4 cells more than 5% slower than torch; least 1.50x" in capture.get()
+    sweep.write_heat_map(rows, tmp_path / "sweep.png")
+    assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(ValueError, match="nothing to draw"):
+        chart.write_chart(rows, tmp_path / "bars.png")
 
 
 def test_a_failing_attnfast_is_a_row_and_not_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -268,6 +268,22 @@ def test_bench_and_plot_refuse_clearly(
     assert "Traceback" not in error
 
 
+def test_an_interrupted_bench_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = _benchmarks.load_benchmarks("runner")
+    case = runner.Run._case
+
+    def once(self: Any, chosen: Any) -> None:
+        case(self, chosen)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner.Run, "_case", once)
+    arguments = ["bench", "--suite", "overhead", "--quick", "--threads", "1", "--no-memory", "--out", str(tmp_path)]
+    assert cli.main(arguments) == 130
+    rows = _benchmarks.load_benchmarks("results").read_csv(tmp_path / "bench.csv")
+    assert {row.case for row in rows} == {runner.registry.cases("overhead", True)[0].name}
+    assert (tmp_path / "bench.png").exists()
+
+
 def test_bench_names_missing_packages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(bench._NEEDED, "no_such_module", "no-such-package")
     assert cli.main(["bench", "--list"]) == 2

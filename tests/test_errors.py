@@ -574,8 +574,14 @@ BACKWARD_MISUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "lse: expected a tensor",
     ),
     "neither-but-many-keys": (
-        {"out": None, "lse": None, "key": k(B, HKV, 65, D), "value": v(B, HKV, 65, DV), "grad_key": None,
-         "grad_value": None},
+        {
+            "out": None,
+            "lse": None,
+            "key": k(B, HKV, 65, D),
+            "value": v(B, HKV, 65, DV),
+            "grad_key": None,
+            "grad_value": None,
+        },
         ValueError,
         "only calls with at most 64 keys",
     ),

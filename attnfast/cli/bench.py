@@ -31,7 +31,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "when attnfast itself failed in a row.",
     )
     parser.add_argument(
-        "--suite", action="append", metavar="NAME", help="dot, overhead or model; repeatable (default: all)"
+        "--suite",
+        action="append",
+        metavar="NAME",
+        help="dot, overhead, model or sweep (T by D, ten minutes); repeatable (default: all but the sweep)",
     )
     parser.add_argument("--case", default="", metavar="TEXT", help="only cases whose name contains TEXT")
     parser.add_argument("--quick", action="store_true", help="fewer cases and rounds: less than two minutes")
@@ -72,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"this build of attnfast has no CUDA kernels, so there is nothing to measure (torch is {found})"
         )
     registry = load_benchmarks("registry")
-    suites = tuple(arguments.suite or registry.suites())
+    suites = tuple(arguments.suite or registry.default_suites())
     for name in suites:
         if name not in registry.suites():
             raise CommandError(f"no suite {name!r}; there are {', '.join(registry.suites())}")
@@ -163,6 +166,10 @@ def _save(rows: Any, folder: Path, console: Console) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     load_benchmarks("results").write_csv(rows, folder / "bench.csv")
     written = [folder / "bench.csv"]
+    sweep = load_benchmarks("sweep")
+    if sweep.sweep_rows(rows):
+        sweep.write_heat_map(rows, folder / "sweep.png")
+        written.append(folder / "sweep.png")
     try:
         load_benchmarks("chart").write_chart(rows, folder / "bench.png")
         written.append(folder / "bench.png")

@@ -5,9 +5,9 @@
 //   one pass, a task per key head: five products a tile;
 //   two passes, for fewer heads than threads: a task per key range for dK and dV, one per query block for dQ; seven.
 // Up to 64 keys are one tile, which holds whole rows: P and delta = rowsum(P * dP) then need nothing from the forward.
-// The gradient of a bias is added to by whatever forms dS, if no other task adds to the same elements; else (a bias that
-// heads or samples share, a soft cap between it and dS) by a pass of its own whose tasks own disjoint parts. Either way
-// the elements are summed in one fixed order, without atomics.
+// The gradient of a bias is added to by whatever forms dS, if no other task adds to the same elements; else (a bias
+// that heads or samples share, a soft cap between it and dS) by a pass of its own whose tasks own disjoint parts.
+// Either way the elements are summed in one fixed order, without atomics.
 #include "dot_attention.h"
 #include "dot_tile.h"
 #include "parallel.h"
@@ -198,7 +198,8 @@ __attribute__((noinline)) void add_bias_gradient(const HeadContext& c, const Ten
     for (int k = 0; k < tile.nk; k += W) {
       int count = tile.nk - k < W ? tile.nk - k : W;
       pack_transposed<R>({s.S + k * W, W}, count, tile.nq, s.extra, R(1));
-      for (int q = 0; q < tile.nq; q++) add_row<R>(s.extra + q * W, count, base + q * q_stride + k * k_stride, k_stride);
+      for (int q = 0; q < tile.nq; q++)
+        add_row<R>(s.extra + q * W, count, base + q * q_stride + k * k_stride, k_stride);
     }
   } else if (q_stride == 0) {
     R total = 0;

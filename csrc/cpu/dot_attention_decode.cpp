@@ -8,10 +8,10 @@
 namespace attnfast::ATTNFAST_ISA {
 namespace {
 
-// Keys, then their values: long runs of one stream. The processor's own prefetcher follows them; prefetching by hand cost
-// up to a third of the speed.
+// Keys, then their values: long runs of one stream. The processor's own prefetcher follows them; prefetching by hand
+// cost up to a third of the speed.
 constexpr int64_t kDecodeChunk = 512;
-constexpr int64_t kSplitKeys = 512;    // at least this many keys a split
+constexpr int64_t kSplitKeys = 512;  // at least this many keys a split
 constexpr int64_t kMinTasks = 16;
 
 template <class R>

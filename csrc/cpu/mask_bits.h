@@ -8,7 +8,8 @@
 namespace attnfast::ATTNFAST_ISA {
 namespace {
 
-static_assert(kKeyTile == 64 && kPanel<float> <= 64, "one word holds the keys of a tile, and one the queries of a panel");
+static_assert(kKeyTile == 64 && kPanel<float> <= 64,
+              "one word holds the keys of a tile, and one the queries of a panel");
 
 // Bit i is set where element i of `count` is true.
 static inline uint64_t pack_bits(const uint8_t* p, int64_t stride, int count) {

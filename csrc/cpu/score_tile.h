@@ -39,9 +39,9 @@ static inline HeadContext head_context(const DotAttentionParams& p, int64_t b, i
 template <class R>
 struct ScoreTile {
   LaneBands bands;
-  bool limited;  // some key is invisible to some row by position
-  bool masked;   // some entry is masked, by position or by a tensor
-  const R* add;  // [keys][panel] base-2 addend, -inf where a bias masks; null if there is none
+  bool limited;          // some key is invisible to some row by position
+  bool masked;           // some entry is masked, by position or by a tensor
+  const R* add;          // [keys][panel] base-2 addend, -inf where a bias masks; null if there is none
   const uint64_t* bits;  // [keys] the queries that the boolean mask lets see the key; null if it hides nothing here
   int64_t q0, k0;
   int nq, nk;
@@ -143,7 +143,8 @@ static void add_alibi(const HeadContext& c, const ScoreTile<R>& tile, R* add) {
     }
 }
 
-// add = (fresh ? 0 : add) + log2(e) * bias; false if that masks every entry of the tile. Notes masked entries in `tile`.
+// add = (fresh ? 0 : add) + log2(e) * bias; false if that masks every entry of the tile. Notes masked entries in
+// `tile`.
 template <class R>
 static bool add_bias(ScoreTile<R>& tile, const R* bias, bool fresh, R* add) {
   constexpr int N = kLanes<R>, W = kPanel<R>;
