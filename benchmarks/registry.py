@@ -103,7 +103,7 @@ def register_peer(peer: Peer) -> None:
 
 def suites() -> tuple[str, ...]:
     _load()
-    return (*_CASES, "model")
+    return (*sorted(_CASES), "model")
 
 
 def default_suites() -> tuple[str, ...]:

@@ -247,7 +247,7 @@ def test_plot_draws_a_result(result: tuple[Path, str], tmp_path: Path, capsys: p
     ("arguments", "message"),
     [
         (["bench", "--device", "cuda"], "this build of attnfast has no CUDA kernels"),
-        (["bench", "--suite", "nothing"], "no suite 'nothing'; there are dot, overhead, model"),
+        (["bench", "--suite", "nothing"], "no suite 'nothing'; there are dot, overhead, sweep, model"),
         (["bench", "--threads", "0"], "--threads takes positive numbers separated by commas, got '0'"),
         (["bench", "--threads", "one"], "--threads takes positive numbers separated by commas, got 'one'"),
         (["bench", "--case", "no such case"], "has 'no such case' in its name"),
@@ -326,7 +326,7 @@ def test_benchmarks_are_found_in_an_installed_package(tmp_path: Path) -> None:
     assert answer.returncode == 0, answer.stderr
     first, second = answer.stdout.splitlines()
     assert first == str(package / "benchmarks" / "__init__.py")
-    assert second == "('dot', 'overhead', 'model')"
+    assert second == "('dot', 'overhead', 'sweep', 'model')"
 
 
 def test_benchmarks_missing_is_a_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
