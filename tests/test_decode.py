@@ -27,8 +27,27 @@ MODIFIERS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", MODIFIERS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_decode_equals_the_reference(isa: str, dtype: torch.dtype, name: str) -> None:
+    check(dtype, name, 64, 64)
+
+
+# Head sizes that leave a rest of every length after whole vectors of 4, 8 or 16; memory past the last row is NaN.
+@pytest.mark.parametrize(("D", "D_v"), [(1, 1), (3, 7), (12, 20), (24, 8), (40, 33), (100, 72), (65, 130), (15, 2)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_decode_with_any_head_size(isa: str, dtype: torch.dtype, D: int, D_v: int) -> None:
+    check(dtype, "bias", D, D_v)
+
+
+def padded(x: torch.Tensor) -> torch.Tensor:
+    """The same values with NaN behind each row."""
+    wide = torch.full((*x.shape[:-1], x.shape[-1] + 16), torch.nan, dtype=x.dtype)
+    wide[..., : x.shape[-1]] = x
+    return wide[..., : x.shape[-1]]
+
+
+def check(dtype: torch.dtype, name: str, D: int, D_v: int) -> None:
     g = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(2, 4, tokens, 64, generator=g).to(dtype) for tokens in (1, KEYS, KEYS))
+    shapes = ((2, 4, 1, D), (2, 4, KEYS, D), (2, 4, KEYS, D_v))
+    query, key, value = (padded(torch.randn(shape, generator=g).to(dtype)) for shape in shapes)
     options = dict(MODIFIERS[name])
     real = torch.float64 if dtype == torch.float64 else torch.float32
     for argument in ("bias", "alibi_slopes", "sink"):

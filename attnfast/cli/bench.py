@@ -170,11 +170,12 @@ def _save(rows: Any, folder: Path, console: Console) -> None:
     if sweep.sweep_rows(rows):
         sweep.write_heat_map(rows, folder / "sweep.png")
         written.append(folder / "sweep.png")
-    try:
-        load_benchmarks("chart").write_chart(rows, folder / "bench.png")
-        written.append(folder / "bench.png")
-    except ValueError as error:
-        console.print(f"No chart: {error}")
+    if any(row.suite != sweep.SUITE for row in rows):
+        try:
+            load_benchmarks("chart").write_chart(rows, folder / "bench.png")
+            written.append(folder / "bench.png")
+        except ValueError as error:
+            console.print(f"No chart: {error}")
     console.print(f"Wrote {' and '.join(str(path) for path in written)}.", soft_wrap=True)
 
 

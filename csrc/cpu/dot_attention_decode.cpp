@@ -17,7 +17,7 @@ constexpr int64_t kMinTasks = 16;
 template <class R>
 struct Decode {
   const DotAttentionParams* p;
-  int64_t splits, share;
+  int64_t splits, share, value_pad;
   R *partial_out, *partial_max, *partial_sum;  // [head][split]
   R query_scale, score_scale;
 };
@@ -38,7 +38,7 @@ ATTNFAST_INLINE Vec<R> sum_of_rows(Vec<R>* r) {
   }
 }
 
-// Base-2 addends of one row of keys, -inf where masked; false if the call has none.
+// Base-2 addends of some keys, -inf where masked; false if the call has none.
 template <class R>
 bool load_addends(const HeadContext& c, int64_t k0, int n, R* row, R* add) {
   const DotAttentionParams& p = *c.p;
@@ -69,24 +69,52 @@ bool load_addends(const HeadContext& c, int64_t k0, int n, R* row, R* add) {
   return true;
 }
 
+// Rows of n elements in whole vectors and a rest.
+template <class R>
+struct Extent {
+  int64_t whole;
+  int rest;
+  explicit Extent(int64_t n) : whole(n / kLanes<R> * kLanes<R>), rest(int(n - whole)) {}
+};
+
+template <class R, class T>
+ATTNFAST_INLINE Vec<R> partial_dot(const T* k, const R* query, Extent<R> depth) {
+  Vec<R> a{};
+  for (int64_t d = 0; d < depth.whole; d += kLanes<R>) a += load_as<R>(k + d) * load(query + d);
+  if (depth.rest) a += load_partial<R>(k + depth.whole, depth.rest) * load(query + depth.whole);
+  return a;
+}
+
+// out += weight * v
+template <class R, class T>
+ATTNFAST_INLINE void add_scaled(const T* v, R weight, R* out, Extent<R> width) {
+  for (int64_t x = 0; x < width.whole; x += kLanes<R>) store(out + x, load(out + x) + load_as<R>(v + x) * weight);
+  if (width.rest) {
+    R* last = out + width.whole;
+    store(last, load(last) + load_partial<R>(v + width.whole, width.rest) * weight);
+  }
+}
+
 template <class R, class T>
 void decode_task(const Decode<R>& f, int64_t task) {
   constexpr int N = kLanes<R>;
   const DotAttentionParams& p = *f.p;
   int64_t head = task / f.splits, split = task % f.splits;
   HeadContext c = head_context(p, head / p.heads, head % p.heads);
-  int64_t depth = p.head_size, width = p.value_size;
-  R* base = static_cast<R*>(scratch(0, size_t(depth + width + 3 * kDecodeChunk) * sizeof(R)));
-  R *query = base, *out = query + depth, *weight = out + width, *row = weight + kDecodeChunk, *add = row + kDecodeChunk;
-  for (int64_t d = 0; d < width; d += N) store(out + d, Vec<R>{});
+  int64_t depth_pad = padded<R>(p.head_size), value_pad = f.value_pad;
+  Extent<R> depth(p.head_size), width(p.value_size);
+  R* base = static_cast<R*>(scratch(0, size_t(depth_pad + value_pad + 3 * kDecodeChunk) * sizeof(R)));
+  R *query = base, *out = query + depth_pad, *weight = out + value_pad;
+  R *row = weight + kDecodeChunk, *add = row + kDecodeChunk;
+  for (int64_t d = 0; d < value_pad; d += N) store(out + d, Vec<R>{});
   R maximum = -infinity<R>(), sum = 0;
 
   int64_t begin = first_key(c.band, 0), end = c.s.queries > 0 ? end_key(c.band, 0) : 0;
   if (begin < split * f.share) begin = split * f.share;
   if (end > (split + 1) * f.share) end = (split + 1) * f.share;
   if (begin < end) {
-    load_rows<R>(p.query, c.query_offset(p.query, 0), 1, depth, query, depth);
-    for (int64_t d = 0; d < depth; d += N) store(query + d, load(query + d) * f.query_scale);
+    load_rows<R>(p.query, c.query_offset(p.query, 0), 1, p.head_size, query, depth_pad);
+    for (int64_t d = 0; d < depth_pad; d += N) store(query + d, load(query + d) * f.query_scale);
   }
   const T* keys = static_cast<const T*>(p.key.data) + c.key_offset(p.key, 0);
   const T* values = static_cast<const T*>(p.value.data) + c.key_offset(p.value, 0);
@@ -99,9 +127,7 @@ void decode_task(const Decode<R>& f, int64_t task) {
       Vec<R> dot[N];
       for (int r = 0; r < N; r++) {
         const T* k = keys + (k0 + (i + r < n ? i + r : n - 1)) * key_stride;
-        Vec<R> a = load_as<R>(k) * load(query);
-        for (int64_t d = N; d < depth; d += N) a += load_as<R>(k + d) * load(query + d);
-        dot[r] = a;
+        dot[r] = partial_dot<R>(k, query, depth);
       }
       store(weight + i, sum_of_rows<1, R>(dot) * f.score_scale);
     }
@@ -115,7 +141,7 @@ void decode_task(const Decode<R>& f, int64_t task) {
       R rescale = sum == R(0) ? R(0) : exp2_real(maximum - chunk_max);
       maximum = chunk_max;
       sum *= rescale;
-      for (int64_t d = 0; d < width; d += N) store(out + d, load(out + d) * rescale);
+      for (int64_t d = 0; d < value_pad; d += N) store(out + d, load(out + d) * rescale);
     }
     Vec<R> chunk_sum{}, shift = splat(maximum == -infinity<R>() ? R(0) : maximum);
     for (int i = 0; i < n; i += N) {
@@ -129,38 +155,44 @@ void decode_task(const Decode<R>& f, int64_t task) {
     if (!masked)
       for (; i + 4 <= n; i += 4) {
         const T *a = v + i * value_stride, *b = a + value_stride, *d = b + value_stride, *e = d + value_stride;
-        for (int64_t x = 0; x < width; x += N) {
+        for (int64_t x = 0; x < width.whole; x += N) {
           Vec<R> left = load_as<R>(a + x) * weight[i] + load_as<R>(b + x) * weight[i + 1];
           Vec<R> right = load_as<R>(d + x) * weight[i + 2] + load_as<R>(e + x) * weight[i + 3];
+          store(out + x, load(out + x) + (left + right));
+        }
+        if (width.rest) {
+          int64_t x = width.whole;
+          Vec<R> left =
+              load_partial<R>(a + x, width.rest) * weight[i] + load_partial<R>(b + x, width.rest) * weight[i + 1];
+          Vec<R> right =
+              load_partial<R>(d + x, width.rest) * weight[i + 2] + load_partial<R>(e + x, width.rest) * weight[i + 3];
           store(out + x, load(out + x) + (left + right));
         }
       }
     for (; i < n; i++) {
       if (masked && add[i] == -infinity<R>()) continue;  // selected out: its value may be NaN
-      for (int64_t x = 0; x < width; x += N)
-        store(out + x, load(out + x) + load_as<R>(v + i * value_stride + x) * weight[i]);
+      add_scaled<R>(v + i * value_stride, weight[i], out, width);
     }
   }
   if (f.splits > 1) {
     f.partial_max[task] = maximum;
     f.partial_sum[task] = sum;
-    for (int64_t d = 0; d < width; d += N) store(f.partial_out + task * width + d, load(out + d));
+    for (int64_t d = 0; d < value_pad; d += N) store(f.partial_out + task * value_pad + d, load(out + d));
     return;
   }
   R sink = p.sink ? static_cast<const R*>(p.sink)[c.h] * R(kLog2e) : R(0);
   SoftmaxResult<R> done = close_row<R>({maximum == -infinity<R>() ? R(0) : maximum, sum}, p.sink, sink);
-  if (p.lse) static_cast<R*>(p.lse)[head] = done.lse;
   if (sum == R(0))
-    store_zero_row<R>(p.out, c.query_offset(p.out, 0), width);
+    store_zero_row<R>(p.out, c.query_offset(p.out, 0), p.value_size);
   else
-    store_row<R>(p.out, c.query_offset(p.out, 0), width, out, done.output_scale);
+    store_row<R>(p.out, c.query_offset(p.out, 0), p.value_size, out, done.output_scale);
 }
 
 template <class R>
 void merge_decode(const Decode<R>& f, int64_t head) {
   constexpr int N = kLanes<R>;
   const DotAttentionParams& p = *f.p;
-  int64_t b = head / p.heads, h = head % p.heads, width = p.value_size;
+  int64_t b = head / p.heads, h = head % p.heads, width = f.value_pad;
   R* out = static_cast<R*>(scratch(0, size_t(width) * sizeof(R)));
   R maximum = -infinity<R>(), sum = 0;
   for (int64_t i = head * f.splits; i < (head + 1) * f.splits; i++)
@@ -175,12 +207,11 @@ void merge_decode(const Decode<R>& f, int64_t head) {
   }
   R sink = p.sink ? static_cast<const R*>(p.sink)[h] * R(kLog2e) : R(0);
   SoftmaxResult<R> done = close_row<R>({maximum, sum}, p.sink, sink);
-  if (p.lse) static_cast<R*>(p.lse)[head] = done.lse;
   int64_t offset = offset4(p.out, b, h, 0, 0);
   if (sum == R(0))
-    store_zero_row<R>(p.out, offset, width);
+    store_zero_row<R>(p.out, offset, p.value_size);
   else
-    store_row<R>(p.out, offset, width, out, done.output_scale);
+    store_row<R>(p.out, offset, p.value_size, out, done.output_scale);
 }
 
 template <class R, class T>
@@ -190,6 +221,7 @@ void decode(const DotAttentionParams& p) {
   ScoreScale scale = score_scale(p.scale);
   f.query_scale = R(scale.query);
   f.score_scale = R(scale.score);
+  f.value_pad = padded<R>(p.value_size);
   int64_t heads = p.batch * p.heads;
   f.splits = 1;
   if (heads > 0 && heads < kMinTasks && p.key_tokens >= 2 * kSplitKeys) {
@@ -200,8 +232,8 @@ void decode(const DotAttentionParams& p) {
   f.share = (chunks + f.splits - 1) / f.splits * kDecodeChunk;
   if (f.splits > 1) {
     int64_t slots = heads * f.splits;
-    f.partial_out = static_cast<R*>(scratch(1, size_t(slots * (p.value_size + 2)) * sizeof(R)));
-    f.partial_max = f.partial_out + slots * p.value_size;
+    f.partial_out = static_cast<R*>(scratch(1, size_t(slots * (f.value_pad + 2)) * sizeof(R)));
+    f.partial_max = f.partial_out + slots * f.value_pad;
     f.partial_sum = f.partial_max + slots;
   }
   bool serial = double(heads) * double(p.key_tokens) * double(p.head_size + p.value_size) < kSerialWork / 4;
@@ -217,14 +249,12 @@ void decode(const DotAttentionParams& p) {
 }  // namespace
 
 const char* dot_attention_decode_obstacle(const DotAttentionParams& p) {
-  int64_t lanes = p.query.dtype == DType::kFloat64 ? kLanes<double> : kLanes<float>;
   if (p.cu_seqlens_q) return "the input is packed";
   if (p.query_tokens != 1) return "T_q is not 1";
   if (p.heads != p.kv_heads) return "query heads share key heads, whose keys one tile reads once for all of them";
   if (p.softcap > 0) return "softcap is on";
   if (p.dropout_p > 0) return "dropout is on";
-  if (p.head_size == 0 || p.head_size % lanes != 0) return "D is not a positive multiple of the vector length";
-  if (p.value_size % lanes != 0) return "D_v is not a multiple of the vector length";
+  if (p.head_size == 0) return "D is 0";
   if (p.key.stride[3] != 1) return "the last dimension of key is not contiguous";
   if (p.value.stride[3] != 1) return "the last dimension of value is not contiguous";
   return nullptr;

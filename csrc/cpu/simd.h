@@ -137,6 +137,27 @@ ATTNFAST_INLINE Vec<float> load_as(const bool* p) {  // 1 or 0
   return __builtin_convertvector(__builtin_convertvector(b, I32), VecF);
 }
 
+// The first `count` elements, widened, and zeros in the lanes above; nothing past them is read. 0 < count < kLanes<R>.
+template <class R, class T>
+ATTNFAST_INLINE Vec<R> load_partial(const T* p, int count) {
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+  unsigned mask = (1u << count) - 1;
+  if constexpr (std::is_same_v<T, double>) {
+    return (Vec<double>)_mm512_maskz_loadu_pd(__mmask8(mask), p);
+  } else if constexpr (std::is_same_v<T, float>) {
+    return (VecF)_mm512_maskz_loadu_ps(__mmask16(mask), p);
+  } else {
+    alignas(32) T part[kLanes<R>];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(part), _mm256_maskz_loadu_epi16(__mmask16(mask), p));
+    return load_as<R>(static_cast<const T*>(part));
+  }
+#else
+  alignas(64) T part[kLanes<R>] = {};
+  for (int i = 0; i < count; i++) part[i] = p[i];
+  return load_as<R>(static_cast<const T*>(part));
+#endif
+}
+
 ATTNFAST_INLINE void store_as(float* p, VecF v) { store(p, v); }
 ATTNFAST_INLINE void store_as(double* p, Vec<double> v) { store(p, v); }
 ATTNFAST_INLINE void store_as(BFloat16* p, VecF v) {  // round to nearest even; NaN stays NaN
