@@ -195,3 +195,14 @@ def test_s06_softcap_of_huge_scores(backend: Any, dtype: torch.dtype) -> None:
     inputs = problem(1, 1, 5, 12, 8, dtype=dtype, spread=100.0 if dtype == torch.float16 else 1e6)
     run = check_attention(backend.attention, inputs, softcap=5.0, scale=1.0)
     assert all(g.isfinite().all() for g in run.grads.values()), [dtype_id(dtype)]
+
+
+@pytest.mark.parametrize("rows", [1, 70])
+def test_any_byte_but_zero_is_true(backend: Any, rows: int) -> None:
+    """A boolean view of other bytes, as foreign code makes them, holds more than 0 and 1."""
+    g = torch.Generator().manual_seed(0)
+    mask = torch.rand(rows, 130, generator=g) > 0.4
+    odd = torch.where(mask, torch.tensor([2, 128, 255, 1, 64], dtype=torch.uint8).repeat(26), 0).to(torch.uint8)
+    query, key, value = (torch.randn(1, 2, tokens, 16, generator=g) for tokens in (rows, 130, 130))
+    found = backend.attention(query, key, value, mask=odd.view(torch.bool))
+    assert torch.equal(found, backend.attention(query, key, value, mask=mask))
