@@ -420,7 +420,8 @@ def test_explain_refuses_what_the_call_refuses() -> None:
         (4, 64, 0.0, "kernel: decode kernel"),
         (4, 64, 2.0, "not the decode kernel: softcap is on"),
         (2, 64, 0.0, "not the decode kernel: query heads share key heads"),
-        (4, 3, 0.0, "not the decode kernel: D is not a positive multiple"),
+        (4, 3, 0.0, "kernel: decode kernel"),
+        (4, 0, 0.0, "not the decode kernel: D is 0"),
     ],
 )
 def test_explain_names_the_kernel(heads: int, head_size: int, softcap: float, kernel: str) -> None:
