@@ -183,6 +183,14 @@ def test_s06_softcap_before_bias_and_masks(backend: Any, dtype: torch.dtype, pat
         assert run.weights is not None and (run.weights[:, :, -1].double() - wrong).abs().max() > 0.05
 
 
+@pytest.mark.parametrize("shape", [(2, 2, 5, 7), (2, 2, 1, 7), (1, 2, 5, 7)])
+def test_s06_softcap_and_the_gradient_of_a_bias(backend: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """A bias of its own for each sample and head: its gradient is the one after the cap, the query's the one before."""
+    inputs = problem(dtype=dtype, spread=2.0)
+    inputs["bias"] = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+    check_attention(backend.attention, inputs, softcap=0.5)
+
+
 def test_s06_softcap_zero_is_off(backend: Any, dtype: torch.dtype) -> None:
     inputs = problem(1, 2, 9, 9, 8, dtype=dtype, spread=3.0)
     torch.testing.assert_close(

@@ -54,9 +54,11 @@ def test_results_do_not_depend_on_the_number_of_threads(shape: tuple[int, ...], 
     assert_equal(results[2], results[0])
 
 
-def test_bias_and_weights_do_not_depend_on_the_number_of_threads() -> None:
+# Shared by samples and queries, by heads, by keys, by nobody: who adds to an element differs.
+@pytest.mark.parametrize("size", [(1, 4, 1, 300), (2, 1, 300, 300), (1, 1, 300, 1), (2, 4, 300, 300), (2, 4, 1, 300)])
+def test_bias_and_weights_do_not_depend_on_the_number_of_threads(size: tuple[int, ...]) -> None:
     tensors = inputs(SHAPES["tiles"])
-    bias = torch.randn(1, 4, 1, 300, requires_grad=True)  # summed over the batch and over 300 queries
+    bias = torch.randn(size, requires_grad=True)
 
     def run() -> list[Tensor]:
         result = attnfast.attention(*tensors, bias=bias, return_weights="column_sum", return_lse=True)
