@@ -141,15 +141,26 @@ def test_whole_rows_save_the_operands_only(T_k: int, saved: int) -> None:
     assert len(attnfast.attention(q, k, k).grad_fn.saved_tensors) == saved
 
 
-def test_whole_rows_with_hidden_nan() -> None:
-    """A key that causality hides from a row may hold anything; the last row sees it, and nobody else knows of it."""
+@pytest.mark.parametrize("at", [1, 4])
+def test_whole_rows_with_hidden_nan(at: int) -> None:
+    """A key that causality hides from a row may hold anything; the rows that see it are lost, and no other."""
     q, k, v = (x.requires_grad_() for x in operands())
     with torch.no_grad():
-        k[:, :, 4] = v[:, :, 4] = float("nan")
+        k[:, :, at] = v[:, :, at] = float("nan")
     out = attnfast.attention(q, k, v, causal="top_left")
     (grad_query,) = torch.autograd.grad(out.sum(), q)
     for x in (out, grad_query):
-        assert x[:, :, :4].isfinite().all() and x[:, :, 4].isnan().all()
+        assert x[:, :, :at].isfinite().all() and x[:, :, at:].isnan().all()
+
+
+def test_remembered_options_know_their_scale() -> None:
+    q, k, v = operands()
+    ours, theirs = attnfast.scaled_dot_product_attention, torch.nn.functional.scaled_dot_product_attention
+    for scale in (None, 0.1, None, 2.0, 0.1):
+        for causal in (False, True):
+            torch.testing.assert_close(
+                ours(q, k, v, is_causal=causal, scale=scale), theirs(q, k, v, is_causal=causal, scale=scale)
+            )
 
 
 def test_whole_rows_second_derivative() -> None:
