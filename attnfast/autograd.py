@@ -234,8 +234,7 @@ class PlainFunction(Function):
         needs, options = ctx.needs_input_grad, ctx.options
         if _ordinary_gradient(grad_out) and not _is_compiling():
             return (*_run_plain_backward(grad_out, query, key, value, out, lse, options, needs), None)
-        arguments = (grad_out, None, None, query, key, value, out, lse, None, None, None, None, None)
-        return (*_unusual_backward(arguments, options, (*needs[:3], False, False, False))[:3], None)
+        return _unusual_plain_backward(grad_out, query, key, value, out, lse, options, needs)
 
 
 class WholeRowFunction(Function):
@@ -255,8 +254,16 @@ class WholeRowFunction(Function):
             return (*_run_plain_backward(grad_out, query, key, value, None, None, options, needs), None)
         with torch.no_grad():
             out, lse = _run_plain_forward(query, key, value, options, True)
-        arguments = (grad_out, None, None, query, key, value, out, lse, None, None, None, None, None)
-        return (*_unusual_backward(arguments, options, (*needs[:3], False, False, False))[:3], None)
+        return _unusual_plain_backward(grad_out, query, key, value, out, lse, options, needs)
+
+
+def _unusual_plain_backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor | None,
+    options: PlainOptions, needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """What the backward of a plain Function returns where somebody intercepts or records it."""
+    arguments = (grad_out, None, None, query, key, value, out, lse, None, None, None, None, None)
+    return (*_unusual_backward(arguments, options, (*needs[:3], False, False, False))[:3], None)
 
 
 def _unusual_backward(

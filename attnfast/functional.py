@@ -28,11 +28,10 @@ _is_compiling = torch.compiler.is_compiling
 _PLAIN_OPTIONS: dict[tuple[Any, ...], PlainOptions] = {}
 
 
-def _new_options(head_size: int, causal: bool | str | None, scale: float | None = None) -> PlainOptions:
+def _new_options(kind: tuple[Any, ...]) -> PlainOptions:
+    head_size, causal, *chosen = kind
     code = int(causal) if isinstance(causal, bool) else _validate.causal_code(causal)
-    kind = (head_size, causal) if scale is None else (head_size, causal, scale)
-    if scale is None:
-        scale = _prepare.default_scale("scaled_dot", head_size)
+    scale = chosen[0] if chosen else _prepare.default_scale("scaled_dot", head_size)
     options = PlainOptions(scale=_validate.number("scale", scale), causal=code)
     if len(_PLAIN_OPTIONS) < 4096:
         _PLAIN_OPTIONS[kind] = options
@@ -107,7 +106,7 @@ def scaled_dot_product_attention(
         if size and attn_mask is None and (scale is None or type(scale) is float):
             head_size = size if size > 0 else -size
             kind = (head_size, is_causal) if scale is None else (head_size, is_causal, scale)
-            options = _PLAIN_OPTIONS.get(kind) or _new_options(head_size, is_causal, scale)
+            options = _PLAIN_OPTIONS.get(kind) or _new_options(kind)
             if size > 0:
                 return _plain_fwd(query, key, value, options, False)[0]
             if key.shape[2] <= _WHOLE_ROW_KEYS:
@@ -249,8 +248,8 @@ def attention(
         and not _is_compiling()  # first: what comes next cannot be traced
         and (size := _ordinary_call(query, key, value))
     ):
-        head_size = abs(size)
-        options = _PLAIN_OPTIONS.get((head_size, causal)) or _new_options(head_size, causal)
+        kind = (abs(size), causal)
+        options = _PLAIN_OPTIONS.get(kind) or _new_options(kind)
         if size > 0:
             return _plain_fwd(query, key, value, options, False)[0]
         if key.shape[2] <= _WHOLE_ROW_KEYS:

@@ -451,11 +451,20 @@ py::object dot_attention_bwd(PyObject* const* items, Py_ssize_t given) {
   if (static_cast<bool>(out) != static_cast<bool>(lse)) {
     reject(out ? "lse" : "out", "both out and lse or neither", "None");
   }
+  std::unique_ptr<double[]> own_delta;
   if (lse) {
     call.check_out_shape(out);
     params.out = tensor4(out);
     call.check_rows_buffer(lse, call.real);
     params.lse = lse.data;
+    if (delta) {
+      call.check_rows_buffer(delta, call.real);
+      params.delta = delta.data;
+    } else {
+      // A workspace nobody else reads: for a small problem, a tensor for it would cost as much as the kernel.
+      own_delta.reset(new double[static_cast<size_t>(call.rows_batch * params.heads * params.query_tokens)]);
+      params.delta = own_delta.get();
+    }
   } else {
     const bool only_operands = !modifiers.cu_seqlens_q && !modifiers.sink && !grad_weights && !delta_shift &&
                                !grad_bias[0] && !grad_bias[1] && params.softcap == 0.0 && params.dropout_p == 0.0;
@@ -465,17 +474,6 @@ py::object dot_attention_bwd(PyObject* const* items, Py_ssize_t given) {
                  " keys and no gradient but those of query, key and value do without)",
              "None");
     }
-  }
-  // A workspace nobody else reads: for a small problem, a tensor for it would cost as much as the kernel.
-  std::unique_ptr<double[]> own_delta;
-  if (!lse) {
-    // not needed
-  } else if (delta) {
-    call.check_rows_buffer(delta, call.real);
-    params.delta = delta.data;
-  } else {
-    own_delta.reset(new double[static_cast<size_t>(call.rows_batch * params.heads * params.query_tokens)]);
-    params.delta = own_delta.get();
   }
   if (delta_shift) {
     call.check_rows_buffer(delta_shift, call.real);
