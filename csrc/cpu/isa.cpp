@@ -12,6 +12,8 @@ namespace attnfast {
   void dot_attention_fwd(const DotAttentionParams&);                    \
   void dot_attention_bwd(const DotAttentionParams&);                    \
   const char* dot_attention_decode_obstacle(const DotAttentionParams&); \
+  double yardstick_fma(int64_t steps);                                  \
+  uint64_t yardstick_read(const void* data, int64_t bytes);             \
   }
 
 ATTNFAST_DECLARE(baseline)
@@ -24,7 +26,13 @@ ATTNFAST_DECLARE(avx512)
 
 namespace {
 
-#define ATTNFAST_TABLE(isa) {#isa, isa::dot_attention_fwd, isa::dot_attention_bwd, isa::dot_attention_decode_obstacle}
+#define ATTNFAST_TABLE(isa)            \
+  {#isa,                               \
+   isa::dot_attention_fwd,             \
+   isa::dot_attention_bwd,             \
+   isa::dot_attention_decode_obstacle, \
+   isa::yardstick_fma,                 \
+   isa::yardstick_read}
 
 // From the lowest to the best.
 constexpr KernelTable kTables[] = {
