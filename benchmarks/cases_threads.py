@@ -5,19 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 from .cases_dot import AttentionCase
-from .registry import BACKWARD, FORWARD, register_cases
+from .registry import BACKWARD, FORWARD, Inputs, register_cases
 
 _BOTH_ALONE = (FORWARD, BACKWARD)
 
 
-class _OneLong(AttentionCase):
+class _SharedCase(AttentionCase):
+    """No oracle: that results do not depend on the number of threads is the tests' business."""
+
+    def oracle(self, inputs: Inputs) -> Any:
+        return None
+
+
+class _OneLong(_SharedCase):
     """A ragged batch of one sequence of full length and many an eighth as long: the long one is half of the work."""
 
     def lengths(self) -> list[int]:
         return [max(1, self.key_tokens // 8)] * (self.batch - 1) + [self.key_tokens]
 
 
-def _case(name: str, kind: type[AttentionCase] = AttentionCase, **sizes: Any) -> AttentionCase:
+def _case(name: str, kind: type[AttentionCase] = _SharedCase, **sizes: Any) -> AttentionCase:
     return kind(name, suite="threads", **{"passes": _BOTH_ALONE, **sizes})
 
 
