@@ -93,8 +93,8 @@ GradPanel<R> load_panel(const Backward<R>& f, const HeadContext& c, int64_t q0, 
       get_rows<R>(p.query, c.query_offset(p.query, q0), nq, p.head_size, true, s.queries + slot * W * f.depth_pad);
   panel.grad_out = get_rows<R>(p.grad_out, c.query_offset(p.grad_out, q0), nq, p.value_size, true,
                                s.grad_out + slot * W * f.value_pad);
-  pack_transposed<R>(panel.queries, nq, p.head_size, packed, R(score_scale(p.scale).query));
-  pack_transposed<R>(panel.grad_out, nq, p.value_size, packed_grad, R(1));
+  pack_transposed<R>(panel.queries, nq, p.head_size, packed, R(score_scale(p.scale).query), panel_stride<R>(nq));
+  pack_transposed<R>(panel.grad_out, nq, p.value_size, packed_grad, R(1), panel_stride<R>(nq));
   panel.query = {q0, nq, packed, minus_lse, nullptr};
   panel.packed_grad = packed_grad;
   panel.minus_delta = minus_delta;
