@@ -77,10 +77,10 @@ __attribute__((noinline)) bool lazy_step(const HeadContext& c, const ScoreTile<R
                        ATTNFAST_UNROLL for (int i = 0; i < M; i++) x[i] = tile.modify(x[i], r + i, j);
                      }
                      Vec<R> sum = load(sums + N * j);
+                     exp2_block<R, M>(x, table);
                      ATTNFAST_UNROLL for (int i = 0; i < M; i++) {
-                       Vec<R> e = exp2v<R>(x[i], table);
-                       sum += e;
-                       store(P + (r + i) * W + N * j, e);
+                       sum += x[i];
+                       store(P + (r + i) * W + N * j, x[i]);
                      }
                      store(sums + N * j, sum);
                    });

@@ -304,8 +304,8 @@ ATTNFAST_INLINE const R* exp2_table() {
   else
     return kExp2CoefficientsDouble;
 }
-// 2^x for x <= the largest exponent (larger gives inf), -inf -> 0, NaN -> NaN. `table` comes from exp2_table; passing
-// it through an empty asm hides its contents from the optimiser.
+// 2^x; 0 below the range of normal numbers, something huge or infinite above it, NaN -> NaN. `table` comes from
+// exp2_table; passing it through an empty asm hides its contents from the optimiser.
 template <class R>
 ATTNFAST_INLINE Vec<R> exp2v(Vec<R> x, const R*& table) {
   constexpr int kDegree = sizeof(R) == 4 ? 5 : 13;
@@ -319,18 +319,49 @@ ATTNFAST_INLINE Vec<R> exp2v(Vec<R> x, const R*& table) {
 #endif
   using I = MaskInt<R>;
   constexpr R kMagic = sizeof(R) == 4 ? R(0x1.8p23) : R(0x1.8p52);
-  constexpr R kMax = sizeof(R) == 4 ? R(128) : R(1024), kMin = sizeof(R) == 4 ? R(-126) : R(-1022);
   constexpr int kShift = sizeof(R) == 4 ? 23 : 52;
   constexpr I kBias = sizeof(R) == 4 ? 127 : 1023;
+  constexpr R kMax = R(kBias) + R(0.49), kMin = R(-kBias);
+  // Comparisons that NaN fails, so that it stays.
   Vec<R> y = x > kMax ? splat(kMax) : x;
+  y = y < kMin ? splat(kMin) : y;
   Vec<R> t = y + kMagic, f = y - (t - kMagic), p = splat(table[kDegree]);
   ATTNFAST_UNROLL for (int i = kDegree - 1; i >= 0; i--) p = p * f + splat(table[i]);
-  Vec<I> n = reinterpret_cast<Vec<I>>(t) - reinterpret_cast<Vec<I>>(splat(kMagic));
-  // Two factors, because 2^1024 (2^128) itself has no representation as one.
-  Vec<I> half = n >> 1;
-  Vec<R> a = reinterpret_cast<Vec<R>>((half + kBias) << kShift);
-  Vec<R> b = reinterpret_cast<Vec<R>>((n - half + kBias) << kShift);
-  return x < kMin ? Vec<R>{} : p * a * b;
+  // The last bits of t are the integer part n; what stands above leaves with the shift. n = -kBias gives the bits of 0.
+  return p * reinterpret_cast<Vec<R>>((reinterpret_cast<Vec<I>>(t) << kShift) + (kBias << kShift));
+}
+// The same for M vectors at once: where a broadcast is an instruction of its own, a few vectors share it.
+template <class R, int M>
+ATTNFAST_INLINE void exp2_block(Vec<R> (&x)[M], const R*& table) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  constexpr int kDegree = sizeof(R) == 4 ? 5 : 13, kGroup = 3;  // polynomial, fraction and power of each in registers
+  using I = MaskInt<R>;
+  constexpr R kMagic = sizeof(R) == 4 ? R(0x1.8p23) : R(0x1.8p52);
+  constexpr int kShift = sizeof(R) == 4 ? 23 : 52;
+  constexpr I kBias = sizeof(R) == 4 ? 127 : 1023;
+  constexpr R kMax = R(kBias) + R(0.49), kMin = R(-kBias);
+  ATTNFAST_UNROLL for (int first = 0; first < M; first += kGroup) {
+    Vec<R> f[kGroup], p[kGroup];
+    Vec<I> power[kGroup];
+    asm("" : "+r"(table));
+    ATTNFAST_UNROLL for (int i = 0; i < kGroup; i++) if (first + i < M) {
+      Vec<R> y = x[first + i] > kMax ? splat(kMax) : x[first + i];
+      y = y < kMin ? splat(kMin) : y;
+      Vec<R> t = y + kMagic;
+      f[i] = y - (t - kMagic);
+      p[i] = splat(table[kDegree]);
+      power[i] = (reinterpret_cast<Vec<I>>(t) << kShift) + (kBias << kShift);
+    }
+    ATTNFAST_UNROLL for (int k = kDegree - 1; k >= 0; k--) {
+      Vec<R> c = splat(table[k]);
+      ATTNFAST_UNROLL for (int i = 0; i < kGroup; i++) if (first + i < M) p[i] = p[i] * f[i] + c;
+    }
+    ATTNFAST_UNROLL for (int i = 0; i < kGroup; i++) if (first + i < M) x[first + i] =
+        p[i] * reinterpret_cast<Vec<R>>(power[i]);
+  }
+#else
+  ATTNFAST_UNROLL for (int i = 0; i < M; i++) x[i] = exp2v<R>(x[i], table);
+#endif
 }
 template <class R>
 ATTNFAST_INLINE Vec<R> exp2v(Vec<R> x) {
