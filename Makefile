@@ -1,11 +1,12 @@
 # make setup   virtual environment, pinned requirements, build
 # make test    set-up, then the tests
 # make bench   set-up, then the comparison with torch: tables, CSV and PNG in bench-results/
+# make profile where the cycles of a tile go, piece by piece, for each instruction set
 # make check   everything else that must hold: linters, layering, symbols, sanitizers, every ISA, packages
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup test bench check check-lint check-native check-isa check-package format clean help
+.PHONY: setup test bench profile check check-lint check-native check-isa check-package format clean help
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
@@ -45,6 +46,9 @@ test: setup
 
 bench: setup
 	$(PYTHON) -m attnfast bench --out bench-results
+
+profile: setup
+	$(PYTHON) tools/profile_kernels.py
 
 check: check-lint check-native check-isa check-package
 	@echo "make check: all good"

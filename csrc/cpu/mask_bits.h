@@ -11,24 +11,12 @@ namespace {
 static_assert(kKeyTile == 64 && kPanel<float> <= 64,
               "one word holds the keys of a tile, and one the queries of a panel");
 
-// Bit i is set where element i of `count` is true.
+// Bit i is set where element i of `count` <= 64 is true: not zero, since a view of other bytes as booleans may hold
+// anything.
 static inline uint64_t pack_bits(const uint8_t* p, int64_t stride, int count) {
+  if (stride == 1 && count == 64) return nonzero_byte_bits(p);
   uint64_t bits = 0;
-  int i = 0;
-  if (stride == 1)
-    for (; i + 8 <= count; i += 8) {
-      uint64_t x;
-      __builtin_memcpy(&x, p + i, 8);
-      // True is 1, but a view of other bytes as booleans may hold anything: the top bit of each byte says "not zero".
-      constexpr uint64_t kLow = 0x7f7f7f7f7f7f7f7f;
-      x = ((((x & kLow) + kLow) | x) & ~kLow) >> 7;
-#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
-      bits |= (x * 0x0102040810204080) >> 56 << i;
-#else
-      bits |= (x * 0x8040201008040201) >> 56 << i;
-#endif
-    }
-  for (; i < count; i++) bits |= uint64_t(p[i * stride] != 0) << i;
+  for (int i = 0; i < count; i++) bits |= uint64_t(p[i * stride] != 0) << i;
   return bits;
 }
 

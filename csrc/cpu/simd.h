@@ -135,6 +135,35 @@ ATTNFAST_INLINE uint64_t minus_infinity_bits(Vec<R> x) {
   for (int i = 0; i < kLanes<R>; i++) bits |= uint64_t(x[i] == -infinity<R>()) << i;
   return bits;
 }
+// Bit i is set where byte i of 64 is not zero.
+ATTNFAST_INLINE uint64_t nonzero_byte_bits(const uint8_t* p) {
+#if defined(__AVX512BW__)
+  __m512i x = _mm512_loadu_si512(p);
+  return _mm512_test_epi8_mask(x, x);
+#elif defined(__AVX2__)
+  uint64_t zero = 0;
+  for (int i = 0; i < 2; i++) {
+    __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p) + i);
+    zero |= uint64_t(uint32_t(_mm256_movemask_epi8(_mm256_cmpeq_epi8(x, _mm256_setzero_si256())))) << 32 * i;
+  }
+  return ~zero;
+#else
+  uint64_t bits = 0;
+  for (int i = 0; i < 64; i += 8) {
+    uint64_t x;
+    __builtin_memcpy(&x, p + i, 8);
+    // The top bit of each byte is made to say "not zero"; a multiplication gathers the eight.
+    constexpr uint64_t kLow = 0x7f7f7f7f7f7f7f7f;
+    x = ((((x & kLow) + kLow) | x) & ~kLow) >> 7;
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+    bits |= (x * 0x0102040810204080) >> 56 << i;
+#else
+    bits |= (x * 0x8040201008040201) >> 56 << i;
+#endif
+  }
+  return bits;
+#endif
+}
 ATTNFAST_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 
 // ---------------------------------------------------------------- widening loads and rounding stores

@@ -13,31 +13,42 @@
 namespace attnfast::ATTNFAST_ISA {
 namespace {
 
+#define ATTNFAST_TEXT(x) #x
+#define ATTNFAST_NAME(x) ATTNFAST_TEXT(x)
+const char* const kName = ATTNFAST_NAME(ATTNFAST_ISA);
+
 double now() {
   timespec t;
   clock_gettime(CLOCK_MONOTONIC, &t);
   return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
 }
 
-// Seconds of one call: the median of rounds that last about a millisecond.
-template <class F>
-double seconds(F f) {
-  f();
-  double start = now();
+// The medians over rounds that take one sample of either in turn: seconds of a call of f, and f's time over g's.
+struct Timing {
+  double seconds, ratio;
+};
+template <class F, class G>
+Timing interleave(F f, G g) {
+  constexpr int kRounds = 41;
+  std::vector<double> times, ratios;
   int calls = 1;
-  for (;; calls *= 2) {
-    start = now();
+  for (double spent = 0; spent < 1e-3; calls *= 2) {
+    double start = now();
     for (int i = 0; i < calls; i++) f();
-    if (now() - start > 1e-3) break;
+    spent = now() - start;
   }
-  std::vector<double> samples;
-  for (int round = 0; round < 31; round++) {
-    start = now();
+  g();
+  for (int round = 0; round < kRounds; round++) {
+    double start = now();
     for (int i = 0; i < calls; i++) f();
-    samples.push_back((now() - start) / calls);
+    double middle = now();
+    g();
+    times.push_back((middle - start) / calls);
+    ratios.push_back(times.back() / (now() - middle));
   }
-  std::nth_element(samples.begin(), samples.begin() + 15, samples.end());
-  return samples[15];
+  std::nth_element(times.begin(), times.begin() + kRounds / 2, times.end());
+  std::nth_element(ratios.begin(), ratios.begin() + kRounds / 2, ratios.end());
+  return {times[kRounds / 2], ratios[kRounds / 2]};
 }
 
 struct Buffer {
@@ -50,74 +61,54 @@ struct Buffer {
 
 void run(int64_t depth) {
   constexpr int W = kPanel<float>, T = kKeyTile;
-  Buffer query(W * depth), packed(W * depth), key(T * depth), value(T * depth), P(T * W), out(W * depth), lse(W),
-      row(W);
-  Buffer grad(T * depth);
-  std::vector<float> score(size_t(ScoreScratch<float>::size()) + 16), keep_data(T * W + 16);
+  Buffer query(W * depth), packed(W * depth), key(T * depth), value(T * depth), P(T * W), S(T * W), out(W * depth);
+  Buffer lse(W), grad(T * depth), score(ScoreScratch<float>::size()), keep(T * W);
+  std::vector<unsigned char> mask(T * W);
+  for (unsigned char& x : mask) x = (unsigned char)(rand() & 1);
   DotAttentionParams p;
   p.batch = p.heads = p.kv_heads = 1;
-  p.query_tokens = p.key_tokens = 64;
+  p.query_tokens = p.key_tokens = T;
   p.head_size = p.value_size = depth;
   p.scale = 0.125;
   p.dropout_p = 0.1;
-  std::vector<unsigned char> mask(T * W);
-  for (auto& x : mask) x = (unsigned char)(rand() & 1);
   HeadContext c = head_context(p, 0, 0);
-  ScoreScratch<float> scratch(
-      reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(score.data()) + 63) & ~uintptr_t(63)));
+  ScoreScratch<float> scratch(score.get());
   ScoreTile<float> tile;
-  prepare_tile<float>(c, 0, W, 0, T, scratch, tile);
+  auto prepare = [&] { prepare_tile<float>(c, 0, W, 0, T, scratch, tile); };
+  prepare();
   QueryPanel<float> panel{0, W, packed.get(), lse.get(), nullptr};
   Rows<float> keys{key.get(), depth}, values{value.get(), depth};
 
-  double peak_start = now();
-  double flops = yardstick_fma(4'000'000);
-  double rate = flops / (now() - peak_start);  // floating-point operations a second
-  double product = 2.0 * W * T * double(depth);
-  auto line = [&](const char* name, double s, double work) {
-    // A slot is the time of one vector multiply-add at the peak.
-    double slots = s * rate / (2.0 * kLanes<float>);
-    if (work > 0)
-      std::printf("%s\t%d\t%s\t%.0f\t%.0f\t%.3f\n", ATTNFAST_ISA_NAME, int(depth), name, 1e9 * s, slots,
-                  work / (s * rate));
-    else
-      std::printf("%s\t%d\t%s\t%.0f\t%.0f\t\n", ATTNFAST_ISA_NAME, int(depth), name, 1e9 * s, slots);
+  // Name, depth, nanoseconds, slots (a slot is the time of one vector multiply-add at the peak), share of the peak.
+  const double product = 2.0 * W * T * double(depth);
+  auto line = [&](const char* name, double work, auto piece) {
+    double flops = 0;
+    Timing t = interleave(piece, [&] { flops = yardstick_fma(200'000); });
+    std::printf("%s\t%d\t%s\t%.0f\t%.0f\t", kName, int(depth), name, 1e9 * t.seconds,
+                t.ratio * flops / (2.0 * kLanes<float>));
+    if (work > 0) std::printf("%.3f", work / (t.ratio * flops));
+    std::printf("\n");
   };
-  line("S^T = K Q^T",
-       seconds([&] { raw_scores<float>(keys, depth, packed.get(), P.get(), T, W / kLanes<float>, nullptr); }), product);
-  line("S^T = K Q^T with exp2", seconds([&] { probability_tile<float>(c, tile, keys, panel, P.get(), nullptr); }),
-       product);
-  line("O += P V",
-       seconds([&] { accumulate_by_query<float>(c, tile, P.get(), values, depth, out.get(), depth, false, nullptr); }),
-       product);
-  line("dK += dS^T Q", seconds([&] {
-         accumulate_by_key<float>(tile, P.get(), {query.get(), depth}, depth, grad.get(), depth, nullptr);
-         if (grad.get()[0] > 1e30f)
-           for (int i = 0; i < T * depth; i++) grad.get()[i] = 0;
-       }),
-       product);
-  line("pack Q^T", seconds([&] { pack_transposed<float>({query.get(), depth}, W, depth, packed.get(), 0.5f); }), 0);
-  line("boolean mask of a tile", seconds([&] {
-         p.mask.data = mask.data();
-         p.mask.dtype = DType::kBool;
-         p.mask.stride[2] = T;
-         p.mask.stride[3] = 1;
-         prepare_tile<float>(c, 0, W, 0, T, scratch, tile);
-       }),
-       0);
-  line("S^T with exp2 and the boolean mask",
-       seconds([&] { probability_tile<float>(c, tile, keys, panel, P.get(), nullptr); }), product);
-  p.mask.data = nullptr;
-  line("bias of a tile", seconds([&] {
-         p.bias[0].data = P.get();
-         p.bias[0].stride[2] = T;
-         p.bias[0].stride[3] = 1;
-         prepare_tile<float>(c, 0, W, 0, T, scratch, tile);
-       }),
-       0);
+  line("scores", product,
+       [&] { raw_scores<float>(keys, depth, packed.get(), S.get(), T, W / kLanes<float>, nullptr); });
+  line("scores, exp2", product, [&] { probability_tile<float>(c, tile, keys, panel, P.get(), nullptr); });
+  // P and dS are small numbers here, so that sums over a million calls stay finite.
+  for (int i = 0; i < T * W; i++) P.get()[i] *= 1e-9f;
+  line("P V", product,
+       [&] { accumulate_by_query<float>(c, tile, P.get(), values, depth, out.get(), depth, false, nullptr); });
+  line("dS^T Q", product,
+       [&] { accumulate_by_key<float>(tile, P.get(), {query.get(), depth}, depth, grad.get(), depth, nullptr); });
+  line("pack a panel", 0, [&] { pack_transposed<float>({query.get(), depth}, W, depth, packed.get(), 0.5f); });
+  line("dropout", 0, [&] { dropout_tile<float>(c, tile, keep.get()); });
+  p.alibi_slopes = lse.get();
+  line("ALiBi", 0, prepare);
+  p.alibi_slopes = nullptr;
+  p.bias[0] = {S.get(), {0, 0, T, 1}, DType::kFloat32};
+  line("bias", 0, prepare);
   p.bias[0].data = nullptr;
-  prepare_tile<float>(c, 0, W, 0, T, scratch, tile);
-  line("dropout of a tile", seconds([&] { dropout_tile<float>(c, tile, keep_data.data()); }), 0);
+  p.mask = {mask.data(), {0, 0, T, 1}, DType::kBool};
+  line("boolean mask", 0, prepare);
+  line("scores, exp2, boolean mask", product, [&] { probability_tile<float>(c, tile, keys, panel, P.get(), nullptr); });
 }
 
 }  // namespace
