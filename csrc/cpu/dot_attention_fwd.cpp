@@ -13,6 +13,7 @@ namespace {
 
 constexpr int kMinTasks = 32;  // blocks shrink, then keys are split, until there are this many tasks
 constexpr int64_t kMinSplitKeys = 256;
+constexpr int kExactTiles = 4;
 template <class R>
 constexpr R kSumLimit = R(0x1p40);
 
@@ -118,6 +119,7 @@ void forward_task(const Forward<R>& f, int64_t task) {
     state[i].lazy = false;
   }
   bool started[kPanelsPerBlock] = {};
+  int exact_left[kPanelsPerBlock] = {};
   if (valid > 0) {
     int64_t begin = first_key(c.band, c.position(q0)), end = end_key(c.band, c.position(q0 + valid - 1));
     int64_t tiles = (c.s.keys + kKeyTile - 1) / kKeyTile, share = (tiles + f.splits - 1) / f.splits * kKeyTile;
@@ -156,7 +158,11 @@ void forward_task(const Forward<R>& f, int64_t task) {
         }
         const R* queries = s.packed + i * W * f.depth_pad;
         R* out = s.out + i * W * f.value_pad;
-        if (!state[i].lazy || p.softcap > 0 || !lazy_step<R>(c, tile, keys, queries, s.probabilities, state[i])) {
+        bool lazy = state[i].lazy && p.softcap <= 0 && exact_left[i] == 0;
+        if (exact_left[i] > 0) exact_left[i]--;
+        if (!lazy || !lazy_step<R>(c, tile, keys, queries, s.probabilities, state[i])) {
+          // Scores that left their range once will do so again: the next tiles are not tried the fast way first.
+          if (lazy) exact_left[i] = kExactTiles;
           exact_step<R>(c, tile, keys, queries, s.probabilities, out, f.value_pad, state[i]);
         }
         if (p.dropout_p > 0) {
