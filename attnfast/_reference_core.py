@@ -7,7 +7,7 @@ formed element by element (:func:`select_operands` decides; memory ``O(T_q T_k D
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,9 @@ from torch import Tensor
 
 COSINE_EPS = 1e-8
 CAUSAL_CODES = {None: 0, "top_left": 1, "bottom_right": 2}
+
+# (query, key, visible, exact) -> scores [B, H, T_q, T_k]; `exact` asks to select each pair, see `select_operands`.
+ScoreFunction = Callable[[Tensor, Tensor, "Tensor | None", bool], Tensor]
 
 
 # --- random numbers -------------------------------------------------------------------------------------------------
@@ -182,7 +185,7 @@ def _repeat(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 
-def _dot_scores(query: Tensor, key: Tensor, visible: Tensor | None, exact: bool) -> Tensor:
+def dot_scores(query: Tensor, key: Tensor, visible: Tensor | None, exact: bool) -> Tensor:
     """``s[q, k] = sum_d query[q, d] key[k, d]``, ``[B, H, T_q, T_k]``."""
     if exact:
         assert visible is not None
@@ -193,13 +196,28 @@ def _dot_scores(query: Tensor, key: Tensor, visible: Tensor | None, exact: bool)
     return scores.reshape(*query.shape[:3], key.shape[2])
 
 
-def _l2_scores(query: Tensor, key: Tensor, visible: Tensor | None, exact: bool) -> Tensor:
+def l2_scores(query: Tensor, key: Tensor, visible: Tensor | None, exact: bool) -> Tensor:
     """``s[q, k] = -sum_d (query[q, d] - key[k, d])^2``, ``[B, H, T_q, T_k]``."""
     difference = query.unsqueeze(-2) - _repeat(key, query.shape[1]).unsqueeze(-3)
     if exact:
         assert visible is not None
         difference = torch.where(visible.unsqueeze(-1), difference, 0.0)
     return -difference.square().sum(-1)
+
+
+def additive_scores(weight: Tensor, score_bias: Tensor | None) -> ScoreFunction:
+    """``s[q, k] = sum_d weight[d] tanh(query[q, d] + key[k, d] + score_bias[d])`` for ``[H or 1, D]`` parameters."""
+
+    def scores(query: Tensor, key: Tensor, visible: Tensor | None, exact: bool) -> Tensor:
+        if score_bias is not None:
+            query = query + score_bias.unsqueeze(-2)
+        total = query.unsqueeze(-2) + _repeat(key, query.shape[1]).unsqueeze(-3)
+        if exact:
+            assert visible is not None
+            total = torch.where(visible.unsqueeze(-1), total, 0.0)
+        return (total.tanh() @ weight.unsqueeze(-2).unsqueeze(-1)).squeeze(-1)
+
+    return scores
 
 
 def _weighted_sum(weights: Tensor, value: Tensor, visible: Tensor | None, exact: bool) -> Tensor:
@@ -263,9 +281,10 @@ def _softmax(scores: Tensor, visible: Tensor | None, sink: Tensor | None) -> tup
 
 
 def attend(
-    score: str, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, bias2: Tensor | None,
+    score: ScoreFunction, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, bias2: Tensor | None,
     sink: Tensor | None, options: Any, return_lse: bool, rows: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """What every score function shares: masks, biases, normalisation, dropout and the weighted sum."""
     dtype, real = query.dtype, real_dtype(query.dtype)
     query, key, value = query.to(real), key.to(real), value.to(real)
     biases = [b.to(real) for b in (bias, bias2) if b is not None]
@@ -277,7 +296,7 @@ def attend(
     masks = (options.mask, options.query_lengths, options.key_lengths, options.cu_seqlens_q)
     traced_mask = any(x is not None for x in masks)
     query, key, value, exact = select_operands(query, key, value, visible, traced_mask)
-    scores = (_l2_scores if score == "l2" else _dot_scores)(query, key, visible, exact) * options.scale
+    scores = score(query, key, visible, exact) * options.scale
     if options.softcap > 0:
         if visible is not None:  # an overflowed masked score would give 0 * NaN in tanh's derivative
             scores = scores.where(visible, 0.0)

@@ -2,7 +2,7 @@
 
 Nothing here is fast and nothing here touches the binary: each function is its formula, differentiable to any order
 and usable under ``torch.func``. The kernels are tested against this file in float64, and double backward, forward-mode
-AD and functorch transforms of the fused functions run through :func:`dot_attention` below.
+AD and functorch transforms of the fused functions run through :func:`dot_attention` and :func:`additive_core` below.
 
 A masked key is *selected* out, never multiplied out: NaN or Inf in it reaches neither an output nor a gradient, of any
 order. `_reference_core` holds the parts.
@@ -18,7 +18,16 @@ import torch
 from torch import Tensor
 
 from attnfast._options import DotAttentionOptions, draw_seed
-from attnfast._reference_core import CAUSAL_CODES, attend, real_dtype, unit_vectors  # noqa: F401 (part of the specification)
+from attnfast._reference_core import (
+    CAUSAL_CODES,
+    ScoreFunction,
+    additive_scores,
+    attend,
+    dot_scores,
+    l2_scores,
+    real_dtype,
+    unit_vectors,
+)
 
 WEIGHTS_MODES = {False: 0, True: 1, "full": 1, "column_sum": 2, "row_max": 3}
 
@@ -80,7 +89,37 @@ def dot_attention(
     tuple
         ``(out, lse or None, weights or None)``; half types are accumulated in float32 and rounded once.
     """
-    return attend("dot", query, key, value, bias, bias2, sink, options, return_lse, rows)
+    return attend(dot_scores, query, key, value, bias, bias2, sink, options, return_lse, rows)
+
+
+def additive_core(
+    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, score_bias: Tensor | None, bias: Tensor | None,
+    bias2: Tensor | None, sink: Tensor | None, options: DotAttentionOptions, return_lse: bool,
+    rows: tuple[int, int] | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    r"""The additive core on 4-D tensors: :func:`dot_attention` with the score
+
+    .. math:: s_{qk} = \sum_d weight_d \tanh(query_{qd} + key_{kd} + score\_bias_d)
+
+    Parameters
+    ----------
+    query, key, value : Tensor
+        ``[B, H, T_q, D]``, ``[B, H_kv, T_k, D]``, ``[B, H_kv, T_k, D_v]``; queries and keys are projected already.
+    weight : Tensor
+        ``[H, D]`` or ``[1, D]``.
+    score_bias : Tensor or None
+        ``[H, D]`` or ``[1, D]``.
+    bias, bias2, sink, options, return_lse, rows
+        As for :func:`dot_attention`; ``options.scale`` multiplies the score.
+
+    Returns
+    -------
+    tuple
+        ``(out, lse or None, weights or None)``. Forms ``[B, H, T_q, T_k, D]``.
+    """
+    real = real_dtype(query.dtype)
+    score = additive_scores(weight.to(real), None if score_bias is None else score_bias.to(real))
+    return attend(score, query, key, value, bias, bias2, sink, options, return_lse, rows)
 
 
 # --- public functions -----------------------------------------------------------------------------------------------
@@ -134,13 +173,28 @@ def attention(
     fixes the dropout mask and is drawn from torch's generator when it is not given. Arguments are not validated.
     """
     _require_softmax(normalizer, prior)
+    dtype = query.dtype
+    if score == "cosine":
+        query, key = unit_vectors(query), unit_vectors(key)
+    return _attention(
+        l2_scores if score == "l2" else dot_scores, query, key, value, mask, bias, query_lengths, key_lengths,
+        alibi_slopes, sink, dropout_seed, return_lse, return_weights, scale=_scale(score, scale, query.shape[-1]),
+        softcap=softcap, dropout_p=dropout_p, causal=causal, window=window, dtype=dtype,
+    )  # fmt: skip
+
+
+def _attention(
+    score: ScoreFunction, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None,
+    query_lengths: Tensor | None, key_lengths: Tensor | None, alibi_slopes: Tensor | None, sink: Tensor | None,
+    dropout_seed: Tensor | None, return_lse: bool, return_weights: bool | str, *, scale: float, softcap: float,
+    dropout_p: float, causal: str | None, window: tuple[int, int] | None, dtype: torch.dtype,
+) -> Tensor | AttentionOutput:  # fmt: skip
+    """From ``[..., H, T, X]`` to the 4-D core and back."""
     plain = query.dim() == 2
     if plain:
         query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
     batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
     q, k, v = (cast(Tensor, _fold(x, batch, True)) for x in (query, key, value))
-    if score == "cosine":
-        q, k = unit_vectors(q), unit_vectors(k)
     boolean = mask is not None and mask.dtype == torch.bool
     lengths = [None if x is None else x.long().expand(batch).reshape(-1) for x in (query_lengths, key_lengths)]
     if dropout_p > 0 and dropout_seed is None:
@@ -148,8 +202,7 @@ def attention(
     left, right = (-1, -1) if window is None else window
     options = DotAttentionOptions(
         _fold(mask, batch, False) if boolean else None, lengths[0], lengths[1], None, None,
-        _fold_slopes(alibi_slopes, batch), dropout_seed,
-        _scale(score, scale, query.shape[-1]), softcap, dropout_p, CAUSAL_CODES[causal], left, right,
+        _fold_slopes(alibi_slopes, batch), dropout_seed, scale, softcap, dropout_p, CAUSAL_CODES[causal], left, right,
         WEIGHTS_MODES[return_weights],
     )  # fmt: skip
     bias2 = None if boolean else _fold(mask, batch, False)
@@ -159,12 +212,56 @@ def attention(
     def unfold(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.reshape(*leading, *x.shape[2:])
 
-    out = cast(Tensor, unfold(out)).to(query.dtype)
+    out = cast(Tensor, unfold(out)).to(dtype)
     if not return_lse and not options.weights_mode:
         return out
     if weights is not None and options.weights_mode == 1:
-        weights = weights.to(query.dtype)
+        weights = weights.to(dtype)
     return AttentionOutput(out, unfold(lse), unfold(weights))
+
+
+def additive_attention(
+    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, *, score_bias: Tensor | None = None,
+    normalizer: str = "softmax", mask: Tensor | None = None, bias: Tensor | None = None, causal: str | None = None,
+    window: tuple[int, int] | None = None, query_lengths: Tensor | None = None, key_lengths: Tensor | None = None,
+    alibi_slopes: Tensor | None = None, sink: Tensor | None = None, softcap: float = 0.0, dropout_p: float = 0.0,
+    prior: Any = None, return_lse: bool = False, return_weights: bool | str = False,
+    dropout_seed: Tensor | None = None,
+) -> Tensor | AttentionOutput:  # fmt: skip
+    r"""Specification of :func:`attnfast.additive_attention`: :func:`attention` with the additive score
+
+    .. math:: s_{qk} = \sum_d weight_d \tanh(query_{qd} + key_{kd} + score\_bias_d)
+
+    of Bahdanau et al. 2015 (section A.1.2), for queries and keys that are projected already.
+
+    A `weight` ``[D]`` means that there is no head axis: operands are ``[..., T_q, D]``, ``[..., T_k, D]``,
+    ``[..., T_k, D_v]``, every leading dimension is a batch dimension, and results, masks and biases have no head axis
+    either (``sink`` and ``alibi_slopes`` have H = 1). A `weight` ``[H, D]`` goes with ``[..., H, T_q, D]``,
+    ``[..., H_kv, T_k, D]`` and ``[..., H_kv, T_k, D_v]`` as in :func:`attention`. ``score_bias`` is ``[D]`` or, with a
+    head axis, ``[H, D]``. Arguments are not validated.
+    """
+    _require_softmax(normalizer, prior)
+    real, headless = real_dtype(query.dtype), weight.dim() == 1
+    if headless:
+        query, key, value = query.unsqueeze(-3), key.unsqueeze(-3), value.unsqueeze(-3)
+        mask, bias = (x if x is None or x.dim() < 3 else x.unsqueeze(-3) for x in (mask, bias))
+    parameters = [None if x is None else torch.atleast_2d(x.to(real)) for x in (weight, score_bias)]
+    score = additive_scores(cast(Tensor, parameters[0]), parameters[1])
+    result = _attention(
+        score, query, key, value, mask, bias, query_lengths, key_lengths, alibi_slopes, sink, dropout_seed, return_lse,
+        return_weights, scale=1.0, softcap=softcap, dropout_p=dropout_p, causal=causal, window=window,
+        dtype=query.dtype,
+    )  # fmt: skip
+    if not headless:
+        return result
+    if isinstance(result, Tensor):
+        return result.squeeze(-3)
+    row = -3 if WEIGHTS_MODES[return_weights] == 1 else -2
+    return AttentionOutput(
+        result.output.squeeze(-3),
+        None if result.lse is None else result.lse.squeeze(-2),
+        None if result.weights is None else result.weights.squeeze(row),
+    )
 
 
 def scaled_dot_product_attention(
@@ -216,7 +313,8 @@ def varlen_attention(
         WEIGHTS_MODES[return_weights],
     )  # fmt: skip
     bias2 = None if boolean else _fold(mask, (), False)
-    out, lse, weights = attend(score, q, k, v, _fold(bias, (), False), bias2, sink, options, return_lse)
+    formula = l2_scores if score == "l2" else dot_scores
+    out, lse, weights = attend(formula, q, k, v, _fold(bias, (), False), bias2, sink, options, return_lse)
     out = out[0].transpose(0, 1).to(query.dtype)
     if not return_lse and not options.weights_mode:
         return out
