@@ -96,6 +96,7 @@ LAYERS = {
     "_ext": 0,
     "reference": 0,
     "_reference_core": 0,
+    "_reference_normalizers": 0,
     "_options": 0,
     "ops": 1,
     "autograd": 2,
@@ -103,6 +104,7 @@ LAYERS = {
     "_second_order": 2,
     "_vmap": 2,
     "functional": 3,
+    "_normalized": 3,
     "_prepare": 3,
     "_scores": 3,
     "_validate": 3,
@@ -117,7 +119,7 @@ LAYERS = {
     "__main__": 9,
 }
 # The specification stands alone; the binary is reached by ops, and by what reports on it or chooses its variant.
-REFERENCE = {"reference", "_reference_core", "_options"}
+REFERENCE = {"reference", "_reference_core", "_reference_normalizers", "_options"}
 MAY_USE_BINARY = {"ops", "explain", "__init__", "cli", "benchmarks"}
 
 
