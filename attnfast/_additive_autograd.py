@@ -1,5 +1,4 @@
-"""Differentiation of the additive core: :func:`additive_attention` takes the routes of ``autograd.dot_attention``, named by
-``autograd.plan``.
+"""Differentiation of the additive core: :func:`additive_attention` takes the routes of ``autograd.dot_attention``.
 
 The gradients of ``weight`` and ``score_bias`` are sums over everything, in the accumulation dtype. Derivatives of
 second and higher order come from ``reference.additive_core``, in blocks of query rows.
@@ -22,6 +21,8 @@ from attnfast.ops import N_OPTION_TENSORS, DotAttentionOptions
 
 FORWARD = torch.ops.attnfast.additive_attention_fwd.default
 BACKWARD = torch.ops.attnfast.additive_attention_bwd.default
+_run_forward: Any = _additive_ops.additive_attention_fwd
+_run_backward_kernel: Any = _additive_ops.additive_attention_bwd
 _N_OPTIONS = len(DotAttentionOptions._fields) - 1  # without the scale
 
 
@@ -51,7 +52,7 @@ def additive_attention(
         if route == "function":
             out, lse, weights = AdditiveAttentionFunction.apply(*inputs, options)
         elif route == "kernel":
-            out, lse, weights, _ = _additive_ops.additive_attention_fwd(*inputs, options, return_lse)
+            out, lse, weights, _ = _run_forward(*inputs, options, return_lse)
         else:
             return _operator(inputs, options, return_lse)
     except TypeError:
@@ -72,13 +73,12 @@ def _operator(
 
 
 class AdditiveAttentionFunction(Function):
-    """The eager route with a gradient: ``apply(query, ..., sink, options)``; returns out, base-2 lse, weights or None."""
+    """The eager route with a gradient: ``apply(query, ..., sink, options)`` returns out, base-2 lse, weights."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        inputs: Any
         inputs, options = args[:N_INPUTS], args[N_INPUTS]
-        out, lse, weights, index = _additive_ops.additive_attention_fwd(*inputs, options, True)
+        out, lse, weights, index = _run_forward(*inputs, options, True)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[:5], out, lse, weights, index, *inputs[5:], *options[:N_OPTION_TENSORS])
         ctx.scalars = options[N_OPTION_TENSORS:]
@@ -90,11 +90,11 @@ class AdditiveAttentionFunction(Function):
         if all(grad is None for grad in grads):
             return (None,) * (N_INPUTS + 1)
         options = DotAttentionOptions._make((*saved[12:], *ctx.scalars))
-        arguments: tuple[Any, ...] = (*grads, *saved[:12])
+        arguments = (*grads, *saved[:12])
         needs = ctx.needs_input_grad[:N_INPUTS]
         if not autograd.intercepted():
             try:
-                return (*_additive_ops.additive_attention_bwd(*arguments, options, needs), None)
+                return (*_run_backward_kernel(*arguments, options, needs), None)
             except TypeError:
                 if autograd.all_have_storage(*grads):
                     raise

@@ -132,7 +132,7 @@ def forward_rule(operator: Callable[..., Any], roles: Sequence[str], inputs: int
 def backward_rule(
     operator: Callable[..., Any], roles: Sequence[str], inputs: Sequence[int]
 ) -> Callable[..., tuple[Any, Any]]:
-    """The rule of a backward operator: `inputs` are the places of the forward's inputs; ``needs`` is the first plain one."""
+    """The rule of a backward operator: `inputs`: where the forward's inputs are; ``needs`` is the first plain one."""
     needs = roles.index(PLAIN)
 
     def rule(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
