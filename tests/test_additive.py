@@ -137,7 +137,8 @@ def check(
         assert grad.dtype == tensors[name].dtype and grad.shape == tensors[name].shape
         want = true_grads[name]
         theirs = max((plain_grads[name], flash_grads[name].to(dtype)), key=lambda x, w=want: error(x, w))
-        assert_close_to_truth(grad, want, theirs, f"grad_{name}", slack=slack + saved)
+        rows = B * T_q if name in ("weight", "score_bias") else 1  # whose errors add up, independent of each other
+        assert_close_to_truth(grad, want, theirs, f"grad_{name}", slack=slack + saved * math.sqrt(rows))
 
 
 # ------------------------------------------------------------------------------------------------------- correctness
@@ -246,7 +247,10 @@ def test_a_row_of_the_most_negative_number_is_uniform(isa: str, dtype: torch.dty
 @pytest.mark.parametrize("shape", ["tiles", "few_queries", "one_feature", "wide"])
 @pytest.mark.parametrize("spread", [0.01, 0.1, 0.3, 1.0, 2.0, 3.5, 5.0, 10.0, 20.0, 50.0])
 def test_every_spread_of_inputs(isa: str, spread: float, shape: str) -> None:
-    check(make(**SHAPES[shape], spread=spread))
+    tensors = make(**SHAPES[shape], spread=spread)
+    # Between the range of the polynomial and that of ordinary inputs a term keeps an absolute precision of float32,
+    # where tanh itself has a relative one: half an ulp of 1 for each term, independent of each other.
+    check(tensors, slack=6e-8 * tensors["weight"].norm().item() if 0.05 < spread < 0.5 else 0.0)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=dtype_id)
