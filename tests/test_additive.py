@@ -485,6 +485,22 @@ def test_gradgradcheck_of_everything() -> None:
     assert torch.autograd.gradgradcheck(function, (*small(), *extra))
 
 
+@pytest.mark.parametrize("name", CALLS)
+def test_second_order_does_not_depend_on_the_block(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of one query row give what one block gives; a wrong row range would show in the masks."""
+    from attnfast import _second_order
+
+    found = []
+    for elements in (1, 2**30):
+        monkeypatch.setattr(_second_order, "_BLOCK_ELEMENTS", elements)
+        inputs = small()
+        bias = torch.linspace(-1, 1, 4 * 7, dtype=torch.float64).view(4, 7).requires_grad_()
+        loss = call(*inputs, bias=bias, **CALLS[name]).sin().sum()
+        grads = torch.autograd.grad(loss, (*inputs, bias), create_graph=True)
+        found.append(torch.autograd.grad(sum(g.square().sum() for g in grads), (*inputs, bias)))
+    torch.testing.assert_close(*found)
+
+
 def test_forward_mode() -> None:
     assert torch.autograd.gradcheck(call, small(), check_forward_ad=True)
 

@@ -232,7 +232,7 @@ template <Tier TIER, class R>
 __attribute__((noinline)) void score_gradients(const HeadContext& c, const ScoreTile<R>& tile,
                                                const GradPanel<R>& panel, const AdditiveRows<R>& keys,
                                                int64_t depth_pad, const R* S, R* grad_key, R* grad_weight) {
-  constexpr int N = kLanes<R>, W = kPanel<R>;
+  constexpr int N = kLanes<R>;
   for (int64_t d = 0; d < depth_pad; d += N) {
     const R *a = panel.queries.dims + d * panel.queries.slots, *b = keys.dims + d * kKeySlots;
     R *gq = panel.dims + d * panel.queries.slots, *gk = grad_key + d * kKeySlots;
