@@ -250,3 +250,17 @@ def cpu_features() -> dict[str, bool]:
 
 def build_info() -> dict[str, Any]:
     """What this binary is: version, compiler, cplusplus, python, pybind11, isas, sanitizer, debug."""
+
+def yardstick_fma(steps: int) -> float:
+    """Multiply and add on registers, ``steps`` rounds shared by torch's threads; return the floating-point operations.
+
+    What the benchmark calls the FMA peak is this over its time: float32, with the vectors of the variant in use.
+    """
+
+def yardstick_read(memory: Any) -> int:
+    """Read a contiguous buffer once, with torch's threads; return a checksum.
+
+    Its size over the time is what the benchmark calls the stream rate.
+
+    ValueError if the buffer is not contiguous.
+    """

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .measure import Settings
 from .registry import BACKWARD, BOTH, FORWARD, PASSES, Inputs, register_cases
 
 _DTYPE_NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -37,7 +38,9 @@ class AttentionCase:
     passes: tuple[str, ...] = PASSES
     quick: bool = False
     compiled_peers: bool = False
+    spread: float = 1.0  # of queries and keys; scores spread by its square
     suite: str = "dot"
+    settings: Settings | None = None  # how long to measure, if not as the run is told
 
     def __post_init__(self) -> None:
         for attribute, default in (
@@ -59,6 +62,7 @@ class AttentionCase:
             "bias" if self.bias else "",
             f"dropout:{self.dropout_p}" if self.dropout_p else "",
             "varlen" if self.varlen else "",
+            f"spread:{self.spread:g}" if self.spread != 1 else "",
         ]
         return " ".join(word for word in words if word)
 
@@ -107,6 +111,10 @@ class AttentionCase:
         per_pair = {FORWARD: forward, BACKWARD: backward, BOTH: forward + backward}[which]
         return per_pair * self.heads * self.visible_pairs()
 
+    def streamed(self, inputs: Inputs) -> tuple[torch.Tensor, ...]:
+        """The tensors whose one pass through memory bounds the time: keys and values where there is one query."""
+        return (inputs["key"], inputs["value"]) if self.query_tokens == 1 else ()
+
     # ------------------------------------------------------------------ data
 
     def _mask(self) -> torch.Tensor:
@@ -122,15 +130,15 @@ class AttentionCase:
     def inputs(self) -> Inputs:
         generator = torch.Generator().manual_seed(0)
 
-        def draw(*shape: int) -> torch.Tensor:
-            return torch.randn(shape, generator=generator).to(self.dtype)
+        def draw(*shape: int, spread: float = 1.0) -> torch.Tensor:
+            return (torch.randn(shape, generator=generator) * spread).to(self.dtype)
 
         wanted: tuple[str, ...] = ("query", "key", "value")
         if self.varlen:
             total = sum(self.lengths())
             tensors = {
-                "query": draw(total, self.heads, self.head_size),
-                "key": draw(total, self.kv_heads, self.head_size),
+                "query": draw(total, self.heads, self.head_size, spread=self.spread),
+                "key": draw(total, self.kv_heads, self.head_size, spread=self.spread),
                 "value": draw(total, self.kv_heads, self.value_size),
             }
             offsets = torch.tensor([0, *self.lengths()], dtype=torch.int64).cumsum(0)
@@ -138,8 +146,8 @@ class AttentionCase:
             grad_out = draw(total, self.heads, self.value_size)
         else:
             tensors = {
-                "query": draw(self.batch, self.heads, self.query_tokens, self.head_size),
-                "key": draw(self.batch, self.kv_heads, self.key_tokens, self.head_size),
+                "query": draw(self.batch, self.heads, self.query_tokens, self.head_size, spread=self.spread),
+                "key": draw(self.batch, self.kv_heads, self.key_tokens, self.head_size, spread=self.spread),
                 "value": draw(self.batch, self.kv_heads, self.key_tokens, self.value_size),
             }
             grad_out = draw(self.batch, self.heads, self.query_tokens, self.value_size)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .registry import OURS, TORCH
-from .report import grouped
-from .results import OK, Row
-from .sweep import SUITE
+from .registry import TORCH
+from .report import grouped, is_comparison
+from .results import Row
 
 _FASTER, _SLOWER, _INK = "#2a7f62", "#c8413b", "#333333"
 _MARKS = {
@@ -32,11 +31,7 @@ def write_chart(rows: list[Row], path: Path) -> None:
     import matplotlib.pyplot as plt
     from matplotlib.ticker import FuncFormatter
 
-    measured = [
-        row
-        for row in rows
-        if row.status == OK and row.ratio and row.peer not in (OURS, "attnfast._C") and row.suite != SUITE
-    ]
+    measured = [row for row in rows if is_comparison(row)]
     if not measured:
         raise ValueError("there is nothing to draw: no row holds a ratio to a peer")
     labels = list(dict.fromkeys((row.suite, row.case, row.pass_) for row in measured))

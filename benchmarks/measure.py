@@ -132,6 +132,16 @@ def sampler(peer: Peer, workload: Workload, which: str) -> Sampler:
     return sample
 
 
+def on_threads(threads: int, sample: Sampler) -> Sampler:
+    """The same sampler with so many threads."""
+
+    def limited(calls: int) -> float:
+        with thread_count(threads):
+            return sample(calls)
+
+    return limited
+
+
 @contextlib.contextmanager
 def quiet_gc() -> Iterator[None]:
     """No garbage collection inside a sample; one before it."""

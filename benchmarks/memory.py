@@ -48,7 +48,7 @@ def measure_here(suite: str, case_name: str, peer_name: str, which: str, threads
     libc.mallopt(_MMAP_THRESHOLD, 65536)
     libc.prctl(_THP_DISABLE, 1, 0, 0, 0)  # huge pages would round everything up to 2 MiB
     torch.set_num_threads(threads)
-    case, peer = find_case(suite, case_name), find_peer(peer_name)
+    case, peer = find_case(suite, case_name), find_peer(suite, peer_name)
     warm_case = case.small()
     with peer.context():
         warm, grad = step(peer.build(warm_case, warm_case.inputs()), which)

@@ -53,7 +53,7 @@ class Attnfast(Peer):
     """This library: the drop-in function where torch's signature suffices, ``attention`` otherwise."""
 
     name = OURS
-    suites = ("additive", "dot", "overhead", "sweep")
+    suites = ("dot", "additive", "threads", "accuracy", "overhead", "sweep")
 
     def build(self, case: AttentionCase, inputs: Inputs) -> Workload:
         import attnfast
@@ -157,7 +157,7 @@ class TorchSdpa(Peer):
     """``F.scaled_dot_product_attention`` as it chooses by itself (the CPU flash kernel where that applies)."""
 
     name = TORCH
-    suites = ("dot", "overhead", "sweep")
+    suites = ("dot", "threads", "accuracy", "overhead", "sweep")
 
     def build(self, case: AttentionCase, inputs: Inputs) -> Workload:
         if case.varlen:
@@ -170,7 +170,7 @@ class TorchMath(TorchSdpa):
     """The same function held to its unfused path."""
 
     name = "sdpa math"
-    suites = ("dot", "overhead")
+    suites = ("dot", "accuracy", "overhead")
 
     def context(self) -> contextlib.AbstractContextManager[Any]:
         from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -182,7 +182,7 @@ class TorchLoop(Peer):
     """A ragged batch as one torch call per sequence: no padding, more calls."""
 
     name = "sdpa loop"
-    suites = ("dot",)
+    suites = ("dot", "threads")
 
     def build(self, case: AttentionCase, inputs: Inputs) -> Workload:
         if not case.varlen:

@@ -9,15 +9,46 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+
+if TYPE_CHECKING:
+    from .measure import Settings
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
 PASSES = (FORWARD, BACKWARD, BOTH)
 OURS = "attnfast"
 TORCH = "sdpa"  # the peer that every headline ratio is taken against
 EAGER = "eager"  # the same where torch has no function of its own
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A group of cases that answer one question, and how a run treats them."""
+
+    name: str
+    title: str
+    default: bool = True  # runs when no suite is named
+    compared: bool = True  # the ratios to peers are wins and losses; else the suite prints a table of its own
+    memory: bool = True  # peak memory is measured
+    yardsticks: bool = True  # the machine's limits and one thread's time are measured in the same rounds
+    hurried: bool = True  # a quick run that is late leaves its cases out
+
+
+SUITES = {
+    suite.name: suite
+    for suite in (
+        Suite("dot", "Dot-product attention"),
+        Suite("additive", "Additive attention", yardsticks=False),
+        Suite("threads", "How work is shared by threads"),
+        Suite("masks", "What a mask costs", compared=False, memory=False, yardsticks=False),
+        Suite("accuracy", "Error against float64", default=False, memory=False, yardsticks=False),
+        Suite("overhead", "Cost of a call", memory=False, yardsticks=False, hurried=False),
+        Suite("sweep", "Head sizes by tokens", default=False, compared=False, memory=False, yardsticks=False),
+        Suite("model", "A transformer encoder on scikit-learn's digits"),
+    )
+}
 
 
 class Unsupported(Exception):
@@ -51,6 +82,9 @@ class Case(Protocol):
     """What the runner needs of a case; `AttentionCase` in cases_dot is the usual one."""
 
     @property
+    def settings(self) -> Settings | None: ...
+
+    @property
     def name(self) -> str: ...
     @property
     def suite(self) -> str: ...
@@ -64,6 +98,7 @@ class Case(Protocol):
     def inputs(self) -> Inputs: ...
     def small(self) -> Case: ...
     def flops(self, which: str) -> float: ...
+    def streamed(self, inputs: Inputs) -> tuple[torch.Tensor, ...]: ...
     def oracle(self, inputs: Inputs) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None: ...
     def oracle_part(self, name: str, tensor: torch.Tensor) -> torch.Tensor: ...
 
@@ -74,10 +109,14 @@ class Peer:
     name = ""
     # Compiled peers take seconds to prepare, so only cases that ask for them get them.
     compiled = False
-    suites: tuple[str, ...] = ("dot", "overhead")
+    suites: tuple[str, ...] = ("dot", "threads", "accuracy", "overhead")
 
     def build(self, case: Any, inputs: Inputs) -> Workload:
         raise NotImplementedError
+
+    def tiles(self, case: Any) -> float | None:
+        """Share of the tiles of a case that the peer computes, where that is the question."""
+        return None
 
     def context(self) -> contextlib.AbstractContextManager[Any]:
         """Entered once around each timed sample, so that switching a backend is not part of the time."""
@@ -85,11 +124,13 @@ class Peer:
 
 
 _CASES: dict[str, list[Any]] = {}
-_PEERS: dict[str, Peer] = {}
+_PEERS: list[Peer] = []
 
 
 def register_cases(cases: Iterable[Any]) -> None:
     for case in cases:
+        if case.suite not in SUITES:
+            raise ValueError(f"there is no suite {case.suite!r}")
         group = _CASES.setdefault(case.suite, [])
         if any(known.name == case.name for known in group):
             raise ValueError(f"suite {case.suite!r} already has a case {case.name!r}")
@@ -97,19 +138,18 @@ def register_cases(cases: Iterable[Any]) -> None:
 
 
 def register_peer(peer: Peer) -> None:
-    if peer.name in _PEERS:
+    if any(known.name == peer.name and set(known.suites) & set(peer.suites) for known in _PEERS):
         raise ValueError(f"peer {peer.name!r} is already registered")
-    _PEERS[peer.name] = peer
+    _PEERS.append(peer)
 
 
 def suites() -> tuple[str, ...]:
-    _load()
-    return (*sorted(_CASES), "model")
+    return tuple(SUITES)
 
 
 def default_suites() -> tuple[str, ...]:
-    """What runs when no suite is named: all but the sweep, which takes long and answers one question."""
-    return tuple(name for name in suites() if name != "sweep")
+    """What runs when no suite is named."""
+    return tuple(suite.name for suite in SUITES.values() if suite.default)
 
 
 def cases(suite: str, quick: bool = False) -> list[Any]:
@@ -125,15 +165,27 @@ def find_case(suite: str, name: str) -> Any:
 def peers(case: Any) -> list[Peer]:
     """The peers of a case, ours first."""
     _load()
-    fitting = [peer for peer in _PEERS.values() if case.suite in peer.suites]
+    fitting = [peer for peer in _PEERS if case.suite in peer.suites]
     return [peer for peer in fitting if case.compiled_peers or not peer.compiled]
 
 
-def find_peer(name: str) -> Peer:
+def find_peer(suite: str, name: str) -> Peer:
     _load()
-    return _PEERS[name]
+    for peer in _PEERS:
+        if peer.name == name and suite in peer.suites:
+            return peer
+    raise ValueError(f"suite {suite!r} has no peer {name!r}")
 
 
 def _load() -> None:
     """Importing the modules registers what is in them."""
-    from . import cases_additive, cases_dot, cases_overhead, cases_sweep, peers  # noqa: F401
+    from . import (  # noqa: F401
+        cases_accuracy,
+        cases_additive,
+        cases_dot,
+        cases_masks,
+        cases_overhead,
+        cases_sweep,
+        cases_threads,
+        peers,
+    )

@@ -14,18 +14,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .registry import BACKWARD, BOTH, EAGER, FORWARD, OURS, TORCH
+from .masks import print_masks
+from .registry import BACKWARD, BOTH, EAGER, FORWARD, OURS, SUITES, TORCH
 from .results import OK, Row
-from .sweep import SUITE, print_sweep
+from .sweep import print_sweep
 
 README_BEGIN = "<!-- bench:begin -->"
 README_END = "<!-- bench:end -->"
-_TITLES = {
-    "dot": "Dot-product attention",
-    "additive": "Additive attention",
-    "overhead": "Cost of a call",
-    "model": "A transformer encoder on scikit-learn's digits",
-}
 _PEER_ORDER = (OURS, "attnfast._C", TORCH, "sdpa math", "sdpa loop", EAGER, "compile", "flex")
 
 
@@ -71,7 +66,7 @@ def _peers(rows: Iterable[Row]) -> list[str]:
 
 
 def _suite_table(suite: str, rows: list[Row]) -> Table:
-    table = Table(title=_TITLES.get(suite, suite), title_justify="left", header_style="bold")
+    table = Table(title=SUITES[suite].title, title_justify="left", header_style="bold")
     others = [name for name in _peers(rows) if name != OURS]
     table.add_column("case", no_wrap=True)
     table.add_column("pass", no_wrap=True)
@@ -80,11 +75,18 @@ def _suite_table(suite: str, rows: list[Row]) -> Table:
     table.add_column("spread", justify="right", no_wrap=True)
     for name in others:
         table.add_column(name, justify="right", no_wrap=True)
-    wide = suite == "dot"
-    if wide:
-        table.add_column("of sgemm", justify="right")
-        table.add_column("MiB ours/sdpa", justify="right")
-        table.add_column("error ours/sdpa", justify="right", no_wrap=True)
+    limited = any(row.of_fma_peak for row in rows)
+    scaled = any(row.over_one_thread for row in rows)
+    remembered = any(row.peak_extra_mib is not None for row in rows)
+    tested = any(row.error is not None for row in rows) and suite != "model"
+    for wanted, name in (
+        (limited, "of limit"),
+        (scaled, "1 thr"),
+        (remembered, "MiB ours/sdpa"),
+        (tested, "error ours/sdpa"),
+    ):
+        if wanted:
+            table.add_column(name, justify="right", no_wrap=True)
     last = ""
     for (_, case, which, threads), group in grouped(rows).items():
         if case != last and last:
@@ -104,10 +106,14 @@ def _suite_table(suite: str, rows: list[Row]) -> Table:
             else:
                 cells.append(Text("-" if other.status == OK else other.status, style="dim"))
         sdpa = group.get(TORCH) or group.get(EAGER)
-        if wide:
-            cells.append(_number(ours.of_sgemm, "{:.2f}"))
+        if limited:
+            cells.append(_of_limit(ours))
+        if scaled:
+            cells.append(_number(ours.over_one_thread, "{:.2f}"))
+        if remembered:
             cells.append(_pair(ours.peak_extra_mib, sdpa and sdpa.peak_extra_mib, "{:.1f}"))
-            cells.append(_pair(ours.error, sdpa and sdpa.error, "{:.0e}"))
+        if tested:
+            cells.append(_pair(ours.error, sdpa and sdpa.error, "{:.1e}"))
         table.add_row(*cells)
         last = case
     return table
@@ -117,6 +123,13 @@ def _pair(ours: float | None, other: float | None, pattern: str) -> str:
     if ours is None and other is None:
         return "-"
     return f"{_number(ours, pattern)} / {_number(other, pattern)}"
+
+
+def _of_limit(row: Row) -> str:
+    """The share of the limit that binds: memory for one query, else multiply-adds."""
+    if row.of_stream is not None:
+        return f"{row.of_stream:.2f} mem"
+    return _number(row.of_fma_peak, "{:.2f} fma")
 
 
 def _spread(row: Row) -> str:
@@ -133,11 +146,17 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 def losses(rows: Iterable[Row]) -> list[Row]:
     """The rows of any peer that was faster than attnfast (the bare binary is attnfast itself)."""
-    return [
-        row
-        for row in rows
-        if row.status == OK and row.ratio is not None and row.ratio < 1 and row.peer != "attnfast._C"
-    ]
+    return [row for row in rows if is_comparison(row) and (row.ratio or 1) < 1]
+
+
+def is_comparison(row: Row) -> bool:
+    """Whether the row's ratio says who is faster, in a suite that asks that."""
+    return (
+        SUITES[row.suite].compared
+        and row.status == OK
+        and row.ratio is not None
+        and row.peer not in (OURS, "attnfast._C")
+    )
 
 
 def print_report(rows: list[Row], console: Console) -> None:
@@ -152,10 +171,12 @@ def print_report(rows: list[Row], console: Console) -> None:
     console.print(f"{first.cpu}; {first.machine}; {first.date}")
     console.print(
         "A peer's column is its time over attnfast's: above 1, attnfast is faster. Median of interleaved rounds; "
-        "spread is half the interquartile range.\n"
+        'spread is half the interquartile range. "of limit": share of the peak of multiply-adds or of the rate of '
+        'memory, measured in the same rounds; "1 thr": the time with one thread over this one.\n'
     )
     print_sweep(rows, console)
-    for suite in dict.fromkeys(row.suite for row in rows if row.suite != SUITE):
+    print_masks(rows, console)
+    for suite in dict.fromkeys(row.suite for row in rows if SUITES[row.suite].compared):
         chosen = [row for row in rows if row.suite == suite]
         console.print(_suite_table(suite, chosen))
         if suite == "model":
@@ -188,22 +209,20 @@ def _print_summary(rows: list[Row], console: Console) -> None:
         table.add_column(name)
     for name in ("mean", "least", "rows", "lost"):
         table.add_column(name, justify="right")
-    keys = dict.fromkeys((row.suite, row.peer, row.threads, row.pass_) for row in rows)
-    for key in keys:
-        if key[1] in (OURS, "attnfast._C"):
-            continue
-        ratios = [row.ratio for row in rows if (row.suite, row.peer, row.threads, row.pass_) == key and row.ratio]
-        if ratios:
-            lost = sum(ratio < 1 for ratio in ratios)
-            table.add_row(
-                *(str(part) for part in key),
-                ratio_text(geometric_mean(ratios)),
-                ratio_text(min(ratios)),
-                str(len(ratios)),
-                Text(str(lost), style="bold red" if lost else "green"),
-            )
-    console.print(table)
-    slower = losses(row for row in rows if row.suite != SUITE)  # the sweep has named its own
+    compared = [row for row in rows if is_comparison(row)]
+    for key in dict.fromkeys((row.suite, row.peer, row.threads, row.pass_) for row in compared):
+        ratios = [row.ratio or 1 for row in compared if (row.suite, row.peer, row.threads, row.pass_) == key]
+        lost = sum(ratio < 1 for ratio in ratios)
+        table.add_row(
+            *(str(part) for part in key),
+            ratio_text(geometric_mean(ratios)),
+            ratio_text(min(ratios)),
+            str(len(ratios)),
+            Text(str(lost), style="bold red" if lost else "green"),
+        )
+    if compared:
+        console.print(table)
+    slower = losses(rows)
     for row in slower:
         console.print(
             f"slower than {row.peer}: {row.suite}, {row.case}, {row.pass_}, {row.threads} threads: "
@@ -216,7 +235,7 @@ def _print_summary(rows: list[Row], console: Console) -> None:
     for row in failed:
         where = f"{row.suite}, {row.case}, {row.pass_}, {row.threads} threads"
         console.print(f"attnfast {row.status}: {where}: {row.note}", style="bold red", markup=False)
-    if not slower and not failed and any(row.suite != SUITE for row in rows):
+    if compared and not slower and not failed:
         console.print("attnfast was not slower than any peer in any row.", style="green")
 
 
@@ -249,7 +268,7 @@ def markdown_table(rows: list[Row]) -> str:
                     dtype = group[OURS].dtype
             lines.append(f"| {case} | {dtype} | {count} | {' | '.join(cells)} | {memory} |")
     lines.append("")
-    rest = [row for row in rows if row.suite not in ("dot", SUITE) and row.peer in (TORCH, EAGER)]
+    rest = [row for row in rows if row.suite != "dot" and row.peer in (TORCH, EAGER) and is_comparison(row)]
     if rest:
         lines.append("| case | threads | attnfast | torch | ratio |")
         lines.append("|---|---|---|---|---|")

@@ -44,7 +44,10 @@ class Row:
     peak_extra_mib: float | None = None
     error: float | None = None  # of the pass's results against float64, relative to the largest of them
     gflops: float | None = None
-    of_sgemm: float | None = None  # share of the rate of a 512^3 torch.mm in float32, timed in the same rounds
+    of_fma_peak: float | None = None  # share of the peak of float32 multiply-adds, timed in the same rounds
+    of_stream: float | None = None  # one query: share of the rate at which its keys and values can be read once
+    over_one_thread: float | None = None  # attnfast with one thread over this row's time, in the same rounds
+    tiles: float | None = None  # suite "masks": share of tiles that the mask leaves
     machine: str = ""
     cpu: str = ""
     isa: str = ""

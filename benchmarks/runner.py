@@ -12,13 +12,13 @@ import torch
 
 from . import registry
 from .machine import environment
-from .measure import Sampler, Settings, errors, interleave, quiet_gc, sampler, thread_count
+from .measure import Sampler, Settings, errors, interleave, on_threads, quiet_gc, sampler, thread_count
 from .memory import MemoryMeter
 from .registry import OURS, Inputs, Peer, Unsupported, Workload
 from .results import FAILED, OK, SKIPPED, UNSUPPORTED, Row
+from .yardsticks import FMA_PEAK, Yardstick, fma_peak, stream
 
-_SGEMM = "sgemm"
-_SGEMM_SIZE = 512
+_ONE_THREAD = "one thread"
 # A quick run ends in two minutes on a busy machine too: past the first mark it leaves out compiled peers and memory and
 # takes three rounds; past the second it leaves out whole cases of the large suites (and says so).
 _QUICK_HURRY, _QUICK_STOP = 65.0, 85.0
@@ -48,9 +48,7 @@ class Plan:
 
     def total(self) -> int:
         """Steps of the progress bar: one for each pass at each number of threads."""
-        attention = sum(
-            len(self.passes(case)) for suite in self.suites if suite != "model" for case in self.cases(suite)
-        )
+        attention = sum(len(self.passes(case)) for suite in self.suites for case in self.cases(suite))
         return (attention + ("model" in self.suites and not self.case)) * len(self.threads)
 
 
@@ -85,7 +83,7 @@ class Run:
                     self._model()
             else:
                 for case in self.plan.cases(suite):
-                    if suite != "overhead" and self._late(_QUICK_STOP):
+                    if registry.SUITES[suite].hurried and self._late(_QUICK_STOP):
                         self.left_out.append(f"{suite}: {case.name}")
                     else:
                         self._case(case)
@@ -112,7 +110,7 @@ class Run:
             for which in self.plan.passes(case):
                 self.advance(f"{case.suite}: {case.name}, {which}, {threads} threads")
                 with thread_count(threads), quiet_gc():
-                    rows = self._time(case, prepared, which, threads)
+                    rows = self._time(case, inputs, prepared, which, threads)
                 self._add_memory(case, rows, memory)
                 self.rows.extend(rows)
 
@@ -133,11 +131,12 @@ class Run:
         except Exception as error:
             return _Prepared(peer, reason=_reason(error), status=_status(error))
 
-    def _time(self, case: Any, prepared: list[_Prepared], which: str, threads: int) -> list[Row]:
+    def _time(self, case: Any, inputs: Inputs, prepared: list[_Prepared], which: str, threads: int) -> list[Row]:
         rows, samplers = [], dict[str, Sampler]()
         for ready in prepared:
             row = Row(case.suite, case.name, which, threads, ready.peer.name, **case.columns(), quick=self.plan.quick)
             row = dataclasses.replace(row, **self._environment)
+            row.tiles = ready.peer.tiles(case)
             if ready.workload is None:
                 if not ready.reason:
                     continue  # a peer without meaning for this case
@@ -163,9 +162,14 @@ class Run:
                     row.status = _status(error)
                     row.note = _reason(error)
             rows.append(row)
-        if case.suite == "dot":
-            samplers[_SGEMM] = _sgemm_sampler()
-        timing = interleave(samplers, getattr(case, "settings", None) or self._settings())
+        yardsticks: list[Yardstick] = []
+        if registry.SUITES[case.suite].yardsticks:
+            streamed = case.streamed(inputs)
+            yardsticks = [fma_peak(), *([stream(streamed)] if streamed else [])]
+            samplers.update({yardstick.name: yardstick.sample for yardstick in yardsticks})
+            if threads > 1 and OURS in samplers:
+                samplers[_ONE_THREAD] = on_threads(1, samplers[OURS])
+        timing = interleave(samplers, case.settings or self._settings())
         for row in rows:
             if row.status != OK:
                 continue
@@ -177,22 +181,31 @@ class Run:
             if OURS in samplers:
                 ratio = timing.ratio(row.peer, OURS)
                 row.ratio, row.ratio_q25, row.ratio_q75 = ratio.median, ratio.low, ratio.high
-            if _SGEMM in samplers:
-                flops = case.flops(which)
-                row.gflops = flops / seconds.median / 1e9
-                row.of_sgemm = flops / (2.0 * _SGEMM_SIZE**3) * timing.ratio(_SGEMM, row.peer).median
+            if not yardsticks:
+                continue
+            flops = case.flops(which)
+            row.gflops = flops / seconds.median / 1e9
+            for yardstick in yardsticks:
+                share = timing.ratio(yardstick.name, row.peer).median / yardstick.amount
+                if yardstick.name == FMA_PEAK:
+                    row.of_fma_peak = flops * share
+                else:
+                    row.of_stream = yardstick.amount * share
+            if row.peer == OURS and _ONE_THREAD in samplers:
+                row.over_one_thread = timing.ratio(_ONE_THREAD, OURS).median
         return rows
 
     def _add_memory(self, case: Any, rows: list[Row], known: dict[tuple[str, str], tuple[int | None, str]]) -> None:
         """Memory once per pass, at the largest number of threads (scratch grows with threads).
 
-        Not for calls of microseconds, compiled peers (each measuring process would compile anew, for most of a minute)
-        and the sum of two passes, which holds what the backward holds. A quick run takes the last pass of two peers.
+        Not for suites about something else, compiled peers (each measuring process would compile anew, for most of a
+        minute) and the sum of two passes, which holds what the backward holds. A quick run takes the last pass of two
+        peers.
         """
-        if self._meter is None or case.suite in ("overhead", "sweep"):
+        if self._meter is None or not registry.SUITES[case.suite].memory:
             return
         for row in rows:
-            if row.status != OK or self._late() or registry.find_peer(row.peer).compiled:
+            if row.status != OK or self._late() or registry.find_peer(case.suite, row.peer).compiled:
                 continue
             if row.pass_ == registry.BOTH and registry.BACKWARD in case.passes:
                 continue
@@ -217,21 +230,6 @@ class Run:
             with thread_count(threads), quiet_gc():
                 rows = model_digits.rows(threads, self.plan.quick)
             self.rows.extend(dataclasses.replace(row, **self._environment) for row in rows)
-
-
-def _sgemm_sampler() -> Sampler:
-    """The yardstick: a float32 matrix product at the current number of threads."""
-    a, b = torch.randn(_SGEMM_SIZE, _SGEMM_SIZE), torch.randn(_SGEMM_SIZE, _SGEMM_SIZE)
-    out = torch.empty_like(a)
-
-    def sample(calls: int) -> float:
-        start = time.perf_counter()
-        for _ in range(calls):
-            torch.mm(a, b, out=out)
-        return time.perf_counter() - start
-
-    sample(1)
-    return sample
 
 
 def _status(error: Exception) -> str:

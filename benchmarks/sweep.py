@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .registry import TORCH
+from .registry import SUITES, TORCH
 from .results import OK, Row
 
-SUITE = "sweep"
+SUITE = SUITES["sweep"].name
 TOLERANCE = 0.95  # a cell below this is named
 
 

@@ -32,7 +32,7 @@ def _one_thread() -> Iterator[None]:
 def test_speed(benchmark: Any, case: Any, which: str, peer: str) -> None:
     benchmark.group = f"{case.name}, {which}"
     try:
-        workload = find_peer(peer).build(case, case.inputs())
+        workload = find_peer(case.suite, peer).build(case, case.inputs())
     except Unsupported as reason:
         pytest.skip(str(reason))
     run, grad = step(workload, which)

@@ -789,6 +789,26 @@ py::dict build_info() {
   return info;
 }
 
+// ---- Yardsticks -------------------------------------------------------------------------------------------------
+
+double yardstick_fma(int64_t steps) {
+  if (steps < 1) throw py::value_error("steps: expected at least 1, got " + std::to_string(steps));
+  py::gil_scoped_release release;
+  return kernels().yardstick_fma(steps);
+}
+
+uint64_t yardstick_read(const py::buffer& memory) {
+  const py::buffer_info info = memory.request();
+  int64_t contiguous = info.itemsize;
+  for (py::ssize_t i = info.ndim; i-- > 0;) {
+    if (info.shape[size_t(i)] > 1 && info.strides[size_t(i)] != contiguous)
+      throw py::value_error("memory: expected a contiguous buffer");
+    contiguous *= info.shape[size_t(i)];
+  }
+  py::gil_scoped_release release;
+  return kernels().yardstick_read(info.ptr, info.size * info.itemsize);
+}
+
 // CPython's entry of an op function; exceptions become Python's as pybind11 would make them.
 template <py::object (*FUNCTION)(PyObject* const*, Py_ssize_t)>
 PyObject* entry(PyObject*, PyObject* const* items, Py_ssize_t given) {
@@ -835,4 +855,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("compiled_isas", &attnfast::compiled_isas);
   m.def("cpu_features", &attnfast::cpu_features_dict);
   m.def("build_info", &attnfast::build_info);
+  m.def("yardstick_fma", &attnfast::yardstick_fma, py::arg("steps"));
+  m.def("yardstick_read", &attnfast::yardstick_read, py::arg("memory"));
 }

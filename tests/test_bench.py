@@ -25,8 +25,10 @@ runner = load_benchmarks("runner")
 memory = load_benchmarks("memory")
 model_digits = load_benchmarks("model_digits")
 cases_dot = load_benchmarks("cases_dot")
-cases_sweep = load_benchmarks("cases_sweep")
+cases_masks = load_benchmarks("cases_masks")
+masks = load_benchmarks("masks")
 sweep = load_benchmarks("sweep")
+yardsticks = load_benchmarks("yardsticks")
 Row = results.Row
 
 DOT_CASES = registry.cases("dot")
@@ -164,7 +166,7 @@ def test_every_peer_computes_the_case(case: Any) -> None:
 def test_a_wrong_peer_shows_its_error() -> None:
     case = cases_dot.AttentionCase("wrong", heads=2, query_tokens=8)
     inputs = case.inputs()
-    good = registry.find_peer("sdpa").build(case, inputs)
+    good = registry.find_peer("dot", "sdpa").build(case, inputs)
     off = dataclasses.replace(good, call=lambda: good.call() * torch.linspace(1, 1.1, 2).view(1, 2, 1, 1))
     oracle = case.oracle(inputs)
     # The oracle holds the first head alone: a fault in the second one is out of its sight, by design.
@@ -179,7 +181,7 @@ def test_the_binary_peer_computes_attention() -> None:
     case = registry.find_case("overhead", "1,1,8,64")
     inputs = case.inputs()
     oracle = case.oracle(inputs)
-    peer = registry.find_peer("attnfast._C")
+    peer = registry.find_peer("overhead", "attnfast._C")
     output, gradient = measure.errors(case, peer, peer.build(case, inputs), inputs, oracle)
     assert output < 1e-6
     assert gradient is None
@@ -219,8 +221,9 @@ def test_required_cases_are_there() -> None:
     assert {case.key_tokens for case in DOT_CASES if case.query_tokens == 1} == {1024, 8192}
     assert cases["1,8,512,64"].quick
     assert not cases["1,4,8192,64"].quick
-    assert registry.suites() == ("additive", "dot", "overhead", "sweep", "model")
-    assert registry.default_suites() == ("additive", "dot", "overhead", "model")
+    assert registry.suites() == ("dot", "additive", "threads", "masks", "accuracy", "overhead", "sweep", "model")
+    assert registry.default_suites() == ("dot", "additive", "threads", "masks", "overhead", "model")
+    assert all(registry.cases(name) for name in registry.suites() if name != "model")
     cells = {(case.query_tokens, case.head_size) for case in registry.cases("sweep")}
     assert cells == {(2**i, size) for i in range(13) for size in range(16, 257, 8)}
 
@@ -229,7 +232,11 @@ def test_names_are_unique() -> None:
     with pytest.raises(ValueError, match="already has a case '1,8,512,64'"):
         registry.register_cases([registry.find_case("dot", "1,8,512,64")])
     with pytest.raises(ValueError, match="'sdpa' is already registered"):
-        registry.register_peer(registry.find_peer("sdpa"))
+        registry.register_peer(registry.find_peer("dot", "sdpa"))
+    with pytest.raises(ValueError, match="there is no suite 'none'"):
+        registry.register_cases([cases_dot.AttentionCase("case", suite="none")])
+    with pytest.raises(ValueError, match="suite 'masks' has no peer 'sdpa'"):
+        registry.find_peer("masks", "sdpa")
 
 
 class _Declines(registry.Peer):
@@ -266,9 +273,8 @@ def small_run(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Rows of a run over one small case with peers that misbehave."""
     case = cases_dot.AttentionCase("small", heads=2, query_tokens=8, quick=True)
     monkeypatch.setattr(registry, "_CASES", {"dot": [case]})
-    peers = {name: registry._PEERS[name] for name in ("attnfast", "sdpa")}
-    peers |= {peer.name: peer for peer in (_Declines(), _Breaks(), _NoBackward())}
-    monkeypatch.setattr(registry, "_PEERS", peers)
+    peers = [registry.find_peer("dot", name) for name in ("attnfast", "sdpa")]
+    monkeypatch.setattr(registry, "_PEERS", [*peers, _Declines(), _Breaks(), _NoBackward()])
     steps: list[str] = []
     plan = runner.Plan(("dot",), threads=(1, 2), memory=False, settings=QUICKEST)
     rows = runner.Run(plan, steps.append).execute()
@@ -287,13 +293,15 @@ def test_run_records_every_peer(small_run: list[Any]) -> None:
             assert row.rounds == 3
             assert row.error < 1e-5
             assert row.gflops > 0
-            assert row.of_sgemm > 0
+            assert 0 < row.of_fma_peak < 1
+            assert row.of_stream is None
         assert row.torch == torch.__version__
         assert row.attnfast == attnfast.__version__
         assert row.cpu
         assert row.date.endswith("UTC")
     ours = [row for row in small_run if row.peer == "attnfast"]
     assert {row.ratio for row in ours} == {1.0}
+    assert all((row.over_one_thread is not None) == (row.threads == 2) for row in ours)
 
 
 def test_run_keeps_why_a_peer_did_not_run(small_run: list[Any]) -> None:
@@ -306,8 +314,8 @@ def test_run_keeps_why_a_peer_did_not_run(small_run: list[Any]) -> None:
 
 def test_sweep_is_shown_and_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     cells = [case for case in registry.cases("sweep") if case.query_tokens <= 2 and case.head_size <= 24]
+    cells = [dataclasses.replace(case, settings=QUICKEST) for case in cells]
     monkeypatch.setattr(registry, "_CASES", {"sweep": cells})
-    monkeypatch.setattr(cases_sweep.SweepCase, "settings", QUICKEST)
     rows = runner.Run(runner.Plan(("sweep",), threads=(1,), memory=False)).execute()
     assert {row.peer for row in rows} == {"attnfast", "sdpa"}
     for row in rows:  # one cell that torch wins
@@ -325,12 +333,77 @@ def test_sweep_is_shown_and_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         chart.write_chart(rows, tmp_path / "bars.png")
 
 
+def test_masks_are_set_beside_the_tiles_they_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = cases_masks.MaskCase("small", batch=3, heads=2, query_tokens=256, settings=QUICKEST)
+    inputs = case.inputs()
+    assert case.lengths() == [256, 192, 128]
+    tiles = {peer.name: peer.tiles(case) for peer in registry.peers(case)}
+    assert tiles["attnfast"] == tiles["dropout"] == tiles["boolean [T,T]"] == 1
+    assert tiles["causal"] == 10 / 16
+    assert tiles["key lengths"] == 9 / 12
+    assert tiles["causal, key lengths"] == pytest.approx((10 + 9 + 7) / 48)
+    for peer in registry.peers(case):  # a mask's output is that of the formula with the mask it says it is
+        out = peer.build(case, inputs).call()
+        keywords = peer.keywords(case)
+        if "dropout_p" not in keywords:
+            tensors = [inputs[name].double() for name in inputs.wanted]
+            assert torch.allclose(out.double(), attnfast.reference.attention(*tensors, **keywords), atol=1e-5)
+        seen = peer.visible(case)
+        if seen is not None:
+            mask = seen[:, None]
+            assert torch.allclose(out, attnfast.attention(*(inputs[n] for n in inputs.wanted), mask=mask), atol=1e-5)
+    monkeypatch.setattr(registry, "_CASES", {"masks": [case]})
+    rows = runner.Run(runner.Plan(("masks",), threads=(1,), memory=False)).execute()
+    for row in rows:
+        row.ratio = {"causal": 0.75, "dropout": 1.5}.get(row.peer, 1.0)
+    assert {row.peer: masks.cost(row) for row in rows if row.pass_ == "forward"}["causal"] == pytest.approx(1.2)
+    console = report.make_console()
+    with console.capture() as capture:
+        report.print_report(rows, console)
+    shown = capture.get()
+    assert "0.62" in shown  # the tiles that a causal mask leaves
+    assert "1.20" in shown
+    assert "slower than" not in shown
+
+
+def test_yardsticks_bound_what_they_measure() -> None:
+    peak = yardsticks.fma_peak()
+    tensors = (torch.randn(1, 1, 1000, 64, dtype=torch.bfloat16), torch.randn(3, 5))
+    stream = yardsticks.stream(tensors)
+    assert stream.amount == 1000 * 64 * 2 + 15 * 4
+    assert stream.sample(2) > 0
+    assert peak.sample(1) > 0
+    with measure.thread_count(1):
+        single = yardsticks.fma_peak()
+    assert single.amount == peak.amount > 1e8
+
+
+def test_on_threads_limits_one_sampler() -> None:
+    seen = []
+    before = torch.get_num_threads()
+
+    def sample(calls: int) -> float:
+        seen.append(torch.get_num_threads())
+        return 0.5 * calls
+
+    assert measure.on_threads(3, sample)(2) == 1.0
+    assert seen == [3]
+    assert torch.get_num_threads() == before
+
+
+def test_ragged_case_with_one_long_sequence() -> None:
+    case = registry.find_case("threads", "65,1,4096,64 varlen, one long")
+    assert case.lengths() == [512] * 64 + [4096]
+    half = 4096.0**2
+    assert case.visible_pairs() == half + 64 * 512.0**2 == 2 * half
+
+
 def test_a_failing_attnfast_is_a_row_and_not_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = _Breaks()
     broken.name = "attnfast"
     case = cases_dot.AttentionCase("small", heads=1, query_tokens=4, passes=("forward",))
     monkeypatch.setattr(registry, "_CASES", {"dot": [case]})
-    monkeypatch.setattr(registry, "_PEERS", {"attnfast": broken, "sdpa": registry._PEERS["sdpa"]})
+    monkeypatch.setattr(registry, "_PEERS", [broken, registry.find_peer("dot", "sdpa")])
     rows = runner.Run(runner.Plan(("dot",), threads=(1,), memory=False, settings=QUICKEST)).execute()
     assert [(row.peer, row.status, row.ratio) for row in rows] == [("attnfast", "failed", None), ("sdpa", "ok", None)]
     console = report.make_console()
@@ -373,7 +446,7 @@ def test_memory_sees_the_score_matrix_of_the_math_path() -> None:
     assert math_path >= scores
     assert output * 0.9 <= ours < scores / 2
     size, reason = meter.measure("dot", name, "no such peer", "forward", 1)
-    assert (size, reason) == (None, "KeyError: 'no such peer'")
+    assert (size, reason) == (None, "ValueError: suite 'dot' has no peer 'no such peer'")
 
 
 # ---------------------------------------------------------------------- results

@@ -247,7 +247,11 @@ def test_plot_draws_a_result(result: tuple[Path, str], tmp_path: Path, capsys: p
     ("arguments", "message"),
     [
         (["bench", "--device", "cuda"], "this build of attnfast has no CUDA kernels"),
-        (["bench", "--suite", "nothing"], "no suite 'nothing'; there are dot, overhead, sweep, model"),
+        (
+            ["bench", "--suite", "nothing"],
+            "no suite 'nothing'; there are dot, threads, masks, accuracy,",
+        ),
+        (["bench", "--isa", "mmx"], "unknown ISA 'mmx'"),
         (["bench", "--threads", "0"], "--threads takes positive numbers separated by commas, got '0'"),
         (["bench", "--threads", "one"], "--threads takes positive numbers separated by commas, got 'one'"),
         (["bench", "--case", "no such case"], "has 'no such case' in its name"),
@@ -284,6 +288,17 @@ def test_an_interrupted_bench_keeps_what_it_has(tmp_path: Path, monkeypatch: pyt
     assert (tmp_path / "bench.png").exists()
 
 
+def test_bench_holds_both_sides_to_an_instruction_set(tmp_path: Path) -> None:
+    code = (
+        "import sys, torch, attnfast.cli as cli; from attnfast.cli import bench; from attnfast._ext import _C;"
+        "bench._measure = lambda *a: (print(_C.get_isa(), torch.backends.cpu.get_cpu_capability()), sys.exit(0));"
+        "cli.main(['bench', '--isa', 'baseline'])"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.split() == ["baseline", "DEFAULT"]
+
+
 def test_bench_names_missing_packages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(bench._NEEDED, "no_such_module", "no-such-package")
     assert cli.main(["bench", "--list"]) == 2
@@ -293,9 +308,9 @@ def test_bench_names_missing_packages(monkeypatch: pytest.MonkeyPatch, capsys: p
 def test_bench_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "--list", "--suite", "dot"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "dot"
+    assert lines[0] == "dot: Dot-product attention"
     assert "  1,4,8192,64 (forward, backward, forward+backward), full run only" in lines
-    assert "overhead" not in lines
+    assert not any(line.startswith("overhead") for line in lines)
 
 
 def test_threads_are_read_in_order() -> None:
@@ -326,7 +341,7 @@ def test_benchmarks_are_found_in_an_installed_package(tmp_path: Path) -> None:
     assert answer.returncode == 0, answer.stderr
     first, second = answer.stdout.splitlines()
     assert first == str(package / "benchmarks" / "__init__.py")
-    assert second == "('dot', 'overhead', 'sweep', 'model')"
+    assert second.startswith("('dot', 'threads', ")
 
 
 def test_benchmarks_missing_is_a_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -119,3 +119,21 @@ def test_variants_are_different_code_with_close_results() -> None:
         torch.testing.assert_close(result, baseline, atol=2e-6, rtol=1e-5)
         # Without fused multiply-add some last bits differ: equal bits would mean that the choice had no effect.
         assert not torch.equal(result, baseline), name
+
+
+@pytest.mark.parametrize("isa", _C.available_isas())
+def test_yardsticks_do_what_they_count(isa: str) -> None:
+    _C.set_isa(isa)
+    lanes = {"baseline": 4, "avx2": 8, "avx512": 16}[isa]
+    assert _C.yardstick_fma(64 * 1000) == 64 * 1000 * 12 * lanes * 2
+    assert _C.yardstick_fma(1) == 64 * 12 * lanes * 2
+    # 70 000 words are more than one chunk; a checksum sees every byte.
+    memory = torch.randint(0, 2**62, (70_000 // 32 * 32,)).numpy().view("uint64")
+    assert _C.yardstick_read(memory) == int(memory.sum(dtype="uint64"))
+    tail = torch.tensor([1, 2, 4], dtype=torch.uint8).numpy()
+    assert _C.yardstick_read(tail) == 7
+    assert _C.yardstick_read(torch.empty(0).numpy()) == 0
+    with pytest.raises(ValueError, match="expected a contiguous buffer"):
+        _C.yardstick_read(memory[::2])
+    with pytest.raises(ValueError, match="steps: expected at least 1, got 0"):
+        _C.yardstick_fma(0)

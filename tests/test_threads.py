@@ -22,6 +22,8 @@ SHAPES = {
     "split keys": (1, 1, 1, 40, 3000, 32),
     "tiles": (2, 4, 2, 300, 300, 64),
     "one head": (1, 1, 1, 700, 700, 40),
+    "three heads": (1, 3, 3, 300, 900, 24),
+    "grouped heads": (1, 6, 1, 130, 600, 16),
 }
 
 
@@ -47,17 +49,45 @@ def assert_equal(got: list[Tensor], wanted: list[Tensor]) -> None:
 def test_results_do_not_depend_on_the_number_of_threads(shape: tuple[int, ...], options: dict[str, object]) -> None:
     tensors = inputs(shape)
     results = []
-    for threads in (1, 2, 4):
+    for threads in (1, 2, 4, 16):
         torch.set_num_threads(threads)
         results.append(forward_backward(tensors, **options))
-    assert_equal(results[1], results[0])
-    assert_equal(results[2], results[0])
+    for other in results[1:]:
+        assert_equal(other, results[0])
+
+
+@pytest.mark.parametrize("causal", [None, "bottom_right"])
+@pytest.mark.parametrize("lengths", [[40, 700, 3, 0, 129], [900], [64] * 9], ids=["ragged", "one", "many"])
+def test_packed_sequences_do_not_depend_on_the_number_of_threads(lengths: list[int], causal: str | None) -> None:
+    tensors = [torch.randn(sum(lengths), 2, 24, requires_grad=True) for _ in range(3)]
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    results = []
+    for threads in (1, 2, 4, 16):
+        torch.set_num_threads(threads)
+        output = attnfast.varlen_attention(*tensors, offsets, offsets, max(lengths), max(lengths), causal=causal)
+        results.append([output.detach(), *torch.autograd.grad(output.square().sum(), tensors)])
+    for other in results[1:]:
+        assert_equal(other, results[0])
+
+
+def test_padded_batches_do_not_depend_on_the_number_of_threads() -> None:
+    tensors = inputs((5, 1, 1, 400, 500, 16))
+    key_lengths, query_lengths = torch.tensor([500, 1, 60, 0, 130]), torch.tensor([10, 400, 0, 50, 300])
+    results = []
+    for threads in (1, 2, 4, 16):
+        torch.set_num_threads(threads)
+        results.append(forward_backward(tensors, key_lengths=key_lengths, query_lengths=query_lengths, window=(90, 20)))
+    for other in results[1:]:
+        assert_equal(other, results[0])
 
 
 # Shared by samples and queries, by heads, by keys, by nobody: who adds to an element differs.
-@pytest.mark.parametrize("size", [(1, 4, 1, 300), (2, 1, 300, 300), (1, 1, 300, 1), (2, 4, 300, 300), (2, 4, 1, 300)])
-def test_bias_and_weights_do_not_depend_on_the_number_of_threads(size: tuple[int, ...]) -> None:
-    tensors = inputs(SHAPES["tiles"])
+@pytest.mark.parametrize("shape", ["tiles", "three heads"])
+@pytest.mark.parametrize("broadcast", ["BQ", "H", "BHK", "", "Q", "K", "QK"])
+def test_bias_and_weights_do_not_depend_on_the_number_of_threads(broadcast: str, shape: str) -> None:
+    tensors = inputs(SHAPES[shape])
+    (B, H, T_q, _), T_k = tensors[0].shape, tensors[1].size(2)
+    size = [1 if axis in broadcast else length for axis, length in zip("BHQK", (B, H, T_q, T_k))]
     bias = torch.randn(size, requires_grad=True)
 
     def run() -> list[Tensor]:
@@ -66,11 +96,11 @@ def test_bias_and_weights_do_not_depend_on_the_number_of_threads(size: tuple[int
         return [result.output.detach(), result.weights.detach(), *torch.autograd.grad(loss, [*tensors, bias])]
 
     results = []
-    for threads in (1, 2, 4):
+    for threads in (1, 2, 4, 16):
         torch.set_num_threads(threads)
         results.append(run())
-    assert_equal(results[1], results[0])
-    assert_equal(results[2], results[0])
+    for other in results[1:]:
+        assert_equal(other, results[0])
 
 
 def test_eight_python_threads_at_once() -> None:

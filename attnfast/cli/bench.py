@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import sys
 import time
 from pathlib import Path
@@ -34,11 +35,18 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--suite",
         action="append",
         metavar="NAME",
-        help="additive, dot, overhead, model or sweep (T by D, ten minutes); repeatable (default: all but the sweep)",
+        help="dot, additive, threads, masks, overhead, model, accuracy (minutes) or sweep (T by D, ten minutes); "
+        "repeatable (default: all but the last two)",
     )
     parser.add_argument("--case", default="", metavar="TEXT", help="only cases whose name contains TEXT")
     parser.add_argument("--quick", action="store_true", help="fewer cases and rounds: less than two minutes")
     parser.add_argument("--threads", default="1,2", metavar="N,...", help="numbers of threads (default: 1,2)")
+    parser.add_argument(
+        "--isa",
+        default="",
+        metavar="NAME",
+        help="hold both sides to an instruction set: baseline, avx2 or avx512 (ATTNFAST_ISA and ATEN_CPU_CAPABILITY)",
+    )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to run (default: cpu)")
     parser.add_argument("--out", type=Path, default=Path("bench-results"), metavar="DIR", help="default: bench-results")
     parser.add_argument("--compare", type=Path, metavar="CSV", help="also show the change since an earlier result")
@@ -69,6 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
             f"needs {', '.join(missing)}, which this Python does not have; run: pip install 'attnfast[bench]'"
         )
     threads = parse_threads(arguments.threads)
+    if arguments.isa:
+        _hold_to(arguments.isa)
     if arguments.device == "cuda":
         found = f"CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
         raise CommandError(
@@ -109,6 +119,19 @@ def run(arguments: argparse.Namespace) -> int:
         console.print(f"Wrote the table of {arguments.readme}.")
     results = load_benchmarks("results")
     return int(any(row.peer == registry.OURS and row.status != results.OK for row in rows))
+
+
+def _hold_to(isa: str) -> None:
+    """Start again in this process with both libraries held to an instruction set: torch chooses its own on import."""
+    from .._ext import _C
+
+    try:
+        _C.set_isa(_C.set_isa(isa))
+    except ValueError as error:
+        raise CommandError(f"--isa: {error}") from None
+    wanted = {"ATTNFAST_ISA": isa, "ATEN_CPU_CAPABILITY": "default" if isa == "baseline" else isa}
+    if any(os.environ.get(name) != value for name, value in wanted.items()):
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **wanted})
 
 
 def _measure(
@@ -170,12 +193,9 @@ def _save(rows: Any, folder: Path, console: Console) -> None:
     if sweep.sweep_rows(rows):
         sweep.write_heat_map(rows, folder / "sweep.png")
         written.append(folder / "sweep.png")
-    if any(row.suite != sweep.SUITE for row in rows):
-        try:
-            load_benchmarks("chart").write_chart(rows, folder / "bench.png")
-            written.append(folder / "bench.png")
-        except ValueError as error:
-            console.print(f"No chart: {error}")
+    if any(load_benchmarks("report").is_comparison(row) for row in rows):
+        load_benchmarks("chart").write_chart(rows, folder / "bench.png")
+        written.append(folder / "bench.png")
     console.print(f"Wrote {' and '.join(str(path) for path in written)}.", soft_wrap=True)
 
 
@@ -193,6 +213,6 @@ def _read(path: Path) -> Any:
 
 def _list(registry: Any, suites: tuple[str, ...], quick: bool) -> None:
     for suite in suites:
-        print(suite)
+        print(f"{suite}: {registry.SUITES[suite].title}")
         for case in registry.cases(suite, quick):
             print(f"  {case.name} ({', '.join(case.passes)}){'' if case.quick else ', full run only'}")

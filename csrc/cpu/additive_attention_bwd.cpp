@@ -96,7 +96,7 @@ void load_panel(const Backward<R>& f, const HeadContext& c, int64_t q0, int nq, 
   load_additive_rows<R>(p.query, c.query_offset(p.query, q0), nq, p.head_size,
                         weights.has_bias ? weights.bias : nullptr, panel.queries);
   panel.grad_out = get_rows<R>(p.grad_out, c.query_offset(p.grad_out, q0), nq, p.value_size, true, panel.grad_out_copy);
-  pack_transposed<R>(panel.grad_out, nq, p.value_size, panel.packed_grad, R(1));
+  pack_transposed<R>(panel.grad_out, nq, p.value_size, panel.packed_grad, R(1), panel_stride<R>(nq));
   load_panel_lse<R>(c, q0, nq, panel.minus_lse);
   ScoreScratch<R> score_scratch(s.score);
   panel.split = split_huge_lse<R>(

@@ -117,12 +117,14 @@ __attribute__((noinline)) void add_bias_gradient(const HeadContext& c, const Ten
 // Which tasks are the only ones to touch the elements of a bias gradient that their tiles of dS add to.
 struct BiasOwner {
   bool by_queries, by_keys;  // tasks of one head and a block of queries; tasks of one head and a range of keys
+  bool by_both;              // tasks of one head, a range of keys and a block of queries
 };
 static inline BiasOwner bias_owner(const AttentionParams& p, int i) {
   const Tensor4& grad = p.grad_bias[i];
   bool own_head = (grad.stride[0] != 0 || p.batch == 1 || p.cu_seqlens_q) && (grad.stride[1] != 0 || p.heads == 1);
-  if (!grad.data || !own_head || p.softcap > 0) return {false, false};
-  return {grad.stride[2] != 0, grad.stride[2] == 0 && grad.stride[3] != 0};
+  if (!grad.data || !own_head || p.softcap > 0) return {false, false, false};
+  bool rows = grad.stride[2] != 0, columns = grad.stride[3] != 0;
+  return {rows, !rows && columns, columns};
 }
 
 // What a task of the bias pass owns: a slice [b][h] of the gradient and, of that, a panel of rows or a tile of columns.

@@ -1,13 +1,17 @@
 // Backward of the dot core. With P = exp(s - lse), dP = dO V^T (dropped out as P was), delta = rowsum(dO * O) + shift:
 //   dS = P * (dP - delta),  dV = P^T dO,  dK = scale dS^T Q,  dQ = scale dS K,  d bias = dS summed over broadcast axes.
 //
-// Two schedules give bitwise equal results, because both add the same tile products in the same order:
-//   one pass, a task per key head: five products a tile;
-//   two passes, for fewer heads than threads: a task per key range for dK and dV, one per query block for dQ; seven.
+// The keys of a sequence form a few parts, their number given by the shape alone, and dQ is the sum of what each part
+// gives, in order. So three schedules give bitwise equal results; all add the same tile products in the same order:
+//   a task per key head: five products a tile;
+//   a task per key head and part, for few heads: also five, with dQ of each part in memory until they are added up;
+//   two passes, when even parts are fewer than threads: a task per key range for dK and dV, one per query block for dQ;
+//   seven products.
 // Up to 64 keys are one tile, which holds whole rows: P and delta = rowsum(P * dP) then need nothing from the forward.
 // The gradient of a bias is added to by whatever forms dS, if no other task adds to the same elements; else (a bias
 // that heads or samples share, a soft cap between it and dS) by a pass of its own whose tasks own disjoint parts.
 // Either way the elements are summed in one fixed order, without atomics.
+#include "backward_schedule.h"
 #include "backward_tile.h"
 #include "dot_attention.h"
 #include "dot_tile.h"
@@ -25,17 +29,20 @@ struct Backward {
   int64_t depth_pad, value_pad;
   int64_t blocks, tiles, tile_groups;  // upper bounds over the batch
   int64_t panels;
-  bool keys, queries;  // which gradients are wanted
-  int bias;            // bias pass: which one
+  int64_t parts, part_tiles, rows_total;
+  bool keys, queries;    // which gradients are wanted
+  R* part_query;         // [parts][rows_total][depth_pad], in the schedule by parts
+  const int64_t* order;  // [batch], the sequences with most work first; null: as they come
+  int bias;              // bias pass: which one
 };
 
 template <class R>
 struct BackwardScratch {
-  R *queries, *grad_out, *packed, *packed_grad, *minus_lse, *minus_log, *minus_delta, *grad_query;
+  R *queries, *grad_out, *packed, *packed_grad, *minus_lse, *minus_log, *minus_delta, *grad_query, *part_query;
   R *keys, *values, *P, *S, *keep, *slope, *extra, *clean, *rows, *score;
   static int64_t size(const Backward<R>& f, int panels) {
     int64_t W = kPanel<R>, T = kKeyTile, both = f.depth_pad + f.value_pad, larger = T > W ? T : W;
-    return panels * W * (2 * both + 3 + f.depth_pad) + T * both + 5 * T * W + larger * both + W * T +
+    return panels * W * (2 * both + 3 + 2 * f.depth_pad) + T * both + 5 * T * W + larger * both + W * T +
            ScoreScratch<R>::size();
   }
   BackwardScratch(const Backward<R>& f, int panels, R* base) {
@@ -45,7 +52,8 @@ struct BackwardScratch {
     packed = grad_out + panels * W * f.value_pad;
     packed_grad = packed + panels * W * f.depth_pad;
     grad_query = packed_grad + panels * W * f.value_pad;
-    minus_lse = grad_query + panels * W * f.depth_pad;
+    part_query = grad_query + panels * W * f.depth_pad;
+    minus_lse = part_query + panels * W * f.depth_pad;
     minus_log = minus_lse + panels * W;
     minus_delta = minus_log + panels * W;
     keys = minus_delta + panels * W;
@@ -85,8 +93,8 @@ GradPanel<R> load_panel(const Backward<R>& f, const HeadContext& c, int64_t q0, 
       get_rows<R>(p.query, c.query_offset(p.query, q0), nq, p.head_size, true, s.queries + slot * W * f.depth_pad);
   panel.grad_out = get_rows<R>(p.grad_out, c.query_offset(p.grad_out, q0), nq, p.value_size, true,
                                s.grad_out + slot * W * f.value_pad);
-  pack_transposed<R>(panel.queries, nq, p.head_size, packed, R(score_scale(p.scale).query));
-  pack_transposed<R>(panel.grad_out, nq, p.value_size, packed_grad, R(1));
+  pack_transposed<R>(panel.queries, nq, p.head_size, packed, R(score_scale(p.scale).query), panel_stride<R>(nq));
+  pack_transposed<R>(panel.grad_out, nq, p.value_size, packed_grad, R(1), panel_stride<R>(nq));
   panel.query = {q0, nq, packed, minus_lse, nullptr};
   panel.packed_grad = packed_grad;
   panel.minus_delta = minus_delta;
@@ -158,11 +166,30 @@ __attribute__((noinline)) void gradient_tile(const HeadContext& c, const ScoreTi
     }
 }
 
+// total[rows] = part, or total + part
+template <class R>
+void add_part(R* total, const R* part, int64_t count, bool first) {
+  for (int64_t i = 0; i < count; i += kLanes<R>)
+    store(total + i, first ? load(part + i) : load(total + i) + load(part + i));
+}
+
+template <class R>
+void store_grad_query(const Backward<R>& f, const HeadContext& c, int64_t q0, int64_t rows, const R* sum) {
+  const Tensor4& t = f.p->grad_query;
+  int64_t offset = c.query_offset(t, q0), size = f.p->head_size;
+  if (sum) {
+    store_rows<R>(t, offset, rows, size, sum, f.depth_pad, R(f.p->scale));
+  } else {
+    for (int64_t i = 0; i < rows; i++) store_zero_row<R>(t, offset + i * t.stride[2], size);
+  }
+}
+
 // Gradients of one key head (or one query head) over blocks [block0, block1) of queries and tiles [tile0, tile1) of
-// keys. KEYS: form dK and dV of these tiles; QUERIES: form dQ of these blocks.
+// keys, which are whole parts if QUERIES. KEYS: form dK and dV of these tiles; QUERIES: form dQ of these blocks, or
+// with `part` not negative only what that part, being these tiles, gives to it.
 template <class R, bool KEYS, bool QUERIES>
 void gradient_range(const Backward<R>& f, int64_t b, int64_t h0, int64_t h1, int64_t block0, int64_t block1,
-                    int64_t tile0, int64_t tile1) {
+                    int64_t tile0, int64_t tile1, int64_t part = -1) {
   constexpr int W = kPanel<R>;
   constexpr int64_t kBlock = kPanelsPerBlock * W;
   const DotAttentionParams& p = *f.p;
@@ -185,7 +212,7 @@ void gradient_range(const Backward<R>& f, int64_t b, int64_t h0, int64_t h1, int
   bool add_bias[2];
   for (int i = 0; i < 2; i++) {
     BiasOwner owner = bias_owner(p, i);
-    add_bias[i] = (QUERIES && owner.by_queries) || (KEYS && owner.by_keys);
+    add_bias[i] = part >= 0 ? owner.by_both : (QUERIES && owner.by_queries) || (KEYS && owner.by_keys);
   }
   ScoreScratch<R> score_scratch(s.score);
   for (int64_t h = h0; h < h1; h++) {
@@ -195,16 +222,24 @@ void gradient_range(const Backward<R>& f, int64_t b, int64_t h0, int64_t h1, int
       int64_t rows = seq.query_rows - q0 < kBlock ? seq.query_rows - q0 : kBlock;
       if (rows <= 0) break;
       int64_t valid = seq.queries - q0 < rows ? seq.queries - q0 : rows;
-      if (QUERIES)
-        for (int64_t i = 0; i < rows * f.depth_pad; i++) s.grad_query[i] = R(0);
+      bool started = false;  // grad_query holds a sum
       if (valid > 0) {
         GradPanel<R> panels[kPanelsPerBlock];
         bool loaded_panels = false;
-        int64_t begin = first_key(c.band, q0) / kKeyTile * kKeyTile, end = end_key(c.band, q0 + valid - 1);
+        auto [begin, end] = visible_keys(c, q0, valid);
         if (begin < keys0) begin = keys0;
         if (end > keys1) end = keys1;
+        int64_t part_end = 0;
         for (int64_t k0 = begin; k0 < end; k0 += kKeyTile) {
           int nk = int(end - k0 < kKeyTile ? end - k0 : kKeyTile);
+          if (QUERIES && k0 >= part_end) {
+            if (part_end > 0) {
+              add_part<R>(s.grad_query, s.part_query, rows * f.depth_pad, !started);
+              started = true;
+            }
+            for (int64_t i = 0; i < rows * f.depth_pad; i++) s.part_query[i] = R(0);
+            part_end = (k0 / kKeyTile / f.part_tiles + 1) * f.part_tiles * kKeyTile;
+          }
           Rows<R> keys{}, values{};
           bool loaded = false;
           for (int i = 0; i * W < valid; i++) {
@@ -237,14 +272,17 @@ void gradient_range(const Backward<R>& f, int64_t b, int64_t h0, int64_t h1, int
                                    s.clean);
             }
             if (QUERIES)
-              accumulate_by_query<R>(c, tile, s.S, keys, p.head_size, s.grad_query + i * W * f.depth_pad, f.depth_pad,
+              accumulate_by_query<R>(c, tile, s.S, keys, p.head_size, s.part_query + i * W * f.depth_pad, f.depth_pad,
                                      false, s.clean);
           }
         }
+        if (QUERIES && part_end > 0) {
+          R* total = part < 0 ? s.grad_query : f.part_query + (part * f.rows_total + c.row(q0)) * f.depth_pad;
+          add_part<R>(total, s.part_query, rows * f.depth_pad, !started);
+          started = true;
+        }
       }
-      if (QUERIES)
-        store_rows<R>(p.grad_query, c.query_offset(p.grad_query, q0), rows, p.head_size, s.grad_query, f.depth_pad,
-                      R(p.scale));
+      if (QUERIES && part < 0) store_grad_query<R>(f, c, q0, rows, started ? s.grad_query : nullptr);
     }
   }
   if (KEYS) {
@@ -258,9 +296,40 @@ void gradient_range(const Backward<R>& f, int64_t b, int64_t h0, int64_t h1, int
 }
 
 template <class R>
-void head_task(const Backward<R>& f, int64_t task) {  // one pass
-  int64_t b = task / f.p->kv_heads, kv = task % f.p->kv_heads, group = f.p->heads / f.p->kv_heads;
+int64_t sequence_at(const Backward<R>& f, int64_t i) {
+  return f.order ? f.order[i] : i;
+}
+template <class R>
+void head_task(const Backward<R>& f, int64_t task) {
+  int64_t b = sequence_at(f, task / f.p->kv_heads), kv = task % f.p->kv_heads, group = f.p->heads / f.p->kv_heads;
   gradient_range<R, true, true>(f, b, kv * group, (kv + 1) * group, 0, f.blocks, 0, f.tiles);
+}
+template <class R>
+void part_task(const Backward<R>& f, int64_t task) {
+  // The first part of a causal sequence is seen by all queries: parts in order are the longest first.
+  int64_t part = task / f.p->kv_heads % f.parts, b = sequence_at(f, task / f.p->kv_heads / f.parts);
+  int64_t kv = task % f.p->kv_heads, group = f.p->heads / f.p->kv_heads, tile = part * f.part_tiles;
+  gradient_range<R, true, true>(f, b, kv * group, (kv + 1) * group, 0, f.blocks, tile, tile + f.part_tiles, part);
+}
+// Adds up what part_task left for one block of queries.
+template <class R>
+void part_sum_task(const Backward<R>& f, int64_t task) {
+  constexpr int64_t kBlock = kPanelsPerBlock * kPanel<R>;
+  HeadContext c = head_context(*f.p, task / f.blocks / f.p->heads, task / f.blocks % f.p->heads);
+  int64_t q0 = task % f.blocks * kBlock;
+  int64_t rows = c.s.query_rows - q0 < kBlock ? c.s.query_rows - q0 : kBlock;
+  if (rows <= 0) return;
+  int64_t valid = c.s.queries - q0 < rows ? c.s.queries - q0 : rows, part_keys = f.part_tiles * kKeyTile;
+  R* total = static_cast<R*>(scratch(0, size_t(rows * f.depth_pad) * sizeof(R)));
+  bool started = false;
+  if (valid > 0) {
+    KeyRange seen = visible_keys(c, q0, valid);
+    for (int64_t part = seen.begin / part_keys; part * part_keys < seen.end; part++) {
+      add_part<R>(total, f.part_query + (part * f.rows_total + c.row(q0)) * f.depth_pad, rows * f.depth_pad, !started);
+      started = true;
+    }
+  }
+  store_grad_query<R>(f, c, q0, rows, started ? total : nullptr);
 }
 template <class R>
 void key_task(const Backward<R>& f, int64_t task) {
@@ -358,19 +427,34 @@ void backward(const DotAttentionParams& p) {
   if (p.lse) run<R, delta_task<R>>(f, (p.cu_seqlens_q ? 1 : p.batch) * p.heads * delta_pieces(p), serial);
   if (p.grad_sink) run<R, sink_task<R>>(f, p.heads, serial);
 
-  // Products a tile times rounds of tasks, for either schedule.
+  f.rows_total = (p.cu_seqlens_q ? 1 : p.batch) * p.heads * p.query_tokens;
+  int64_t query_bytes = f.rows_total * f.depth_pad * int64_t(sizeof(R));
+  f.parts = part_count(f.tiles, query_bytes);
+  f.part_tiles = f.tiles > 0 ? (f.tiles + f.parts - 1) / f.parts : 1;
+
   int64_t threads = serial || p.threads < 1 ? 1 : p.threads;
-  double one_pass = 5.0 * double((key_heads + threads - 1) / threads),
-         two_pass = 7.0 * double(key_heads) / double(threads);
-  if (f.keys && f.queries && one_pass <= two_pass) {
+  Schedule schedule = f.keys && f.queries ? choose_schedule(p, threads, f.parts) : Schedule::kTwoPasses;
+  bool ragged = p.cu_seqlens_q || p.key_lengths || p.query_lengths;
+  if (threads > 1 && ragged && schedule != Schedule::kTwoPasses) {
+    int64_t* order = static_cast<int64_t*>(scratch(2, size_t(2 * p.batch) * sizeof(int64_t)));
+    sort_by_work(p, order, reinterpret_cast<double*>(order + p.batch));
+    f.order = order;
+  }
+  if (schedule == Schedule::kHeads) {
     run<R, head_task<R>>(f, key_heads, serial);
+  } else if (schedule == Schedule::kParts) {
+    f.part_query = static_cast<R*>(scratch(3, size_t(f.parts * query_bytes)));
+    run<R, part_task<R>>(f, key_heads * f.parts, serial);
+    run<R, part_sum_task<R>>(f, heads * f.blocks, serial);
   } else {
     if (f.keys) run<R, key_task<R>>(f, key_heads * f.tile_groups, serial);
     if (f.queries) run<R, query_task<R>>(f, heads * f.blocks, serial);
   }
   for (f.bias = 0; f.bias < 2; f.bias++)
     if (BiasOwner owner = bias_owner(p, f.bias);
-        p.grad_bias[f.bias].data && !(owner.by_queries && f.queries) && !(owner.by_keys && f.keys)) {
+        p.grad_bias[f.bias].data &&
+        !(schedule == Schedule::kParts ? owner.by_both
+                                       : (owner.by_queries && f.queries) || (owner.by_keys && f.keys))) {
       BiasOwnership o = bias_ownership(p, f.bias, f.panels, f.tiles);
       run<R, bias_task<R>>(f, o.batches * o.heads * o.units, serial);
     }

@@ -77,10 +77,10 @@ __attribute__((noinline)) bool lazy_step(const HeadContext& c, const ScoreTile<R
                        ATTNFAST_UNROLL for (int i = 0; i < M; i++) x[i] = tile.modify(x[i], r + i, j);
                      }
                      Vec<R> sum = load(sums + N * j);
+                     exp2_block<R, M>(x, table);
                      ATTNFAST_UNROLL for (int i = 0; i < M; i++) {
-                       Vec<R> e = exp2v<R>(x[i], table);
-                       sum += e;
-                       store(P + (r + i) * W + N * j, e);
+                       sum += x[i];
+                       store(P + (r + i) * W + N * j, x[i]);
                      }
                      store(sums + N * j, sum);
                    });
@@ -125,7 +125,13 @@ void forward_task(const Forward<R>& f, int64_t task) {
     begin = begin > low ? begin / kKeyTile * kKeyTile : low;
     end = end < high ? end : high;
     bool packed = false;
-    for (int64_t k0 = begin; k0 < end; k0 += kKeyTile) {
+    // With ALiBi scores grow towards a query's own position, by more than the lazy maximum bears within a few tiles. So
+    // the tile that the last query stands on comes first, the ones before it next, backwards, and then those after it.
+    int64_t tiles_here = end > begin ? (end - begin + kKeyTile - 1) / kKeyTile : 0;
+    int64_t turn = p.alibi_slopes ? (c.position(q0 + valid - 1) + c.band.offset - begin) / kKeyTile : -1;
+    if (turn >= tiles_here) turn = tiles_here - 1;
+    for (int64_t step = 0; step < tiles_here; step++) {
+      int64_t k0 = begin + (step <= turn ? turn - step : step) * kKeyTile;
       int nk = int(end - k0 < kKeyTile ? end - k0 : kKeyTile);
       bool loaded = false;
       Rows<R> keys{}, values{};
@@ -138,7 +144,8 @@ void forward_task(const Forward<R>& f, int64_t task) {
           for (int j = 0; j < panels && j * W < valid; j++) {
             int count = int(valid - j * W < W ? valid - j * W : W);
             Rows<R> q = get_rows<R>(p.query, c.query_offset(p.query, q0 + j * W), count, p.head_size, true, s.queries);
-            pack_transposed<R>(q, count, p.head_size, s.packed + j * W * f.depth_pad, f.query_scale);
+            pack_transposed<R>(q, count, p.head_size, s.packed + j * W * f.depth_pad, f.query_scale,
+                               panel_stride<R>(count));
           }
           packed = true;
         }

@@ -30,7 +30,7 @@ struct DotWeights {
   void load_panel(const HeadContext& c, int64_t q0, int nq, ScoreScratch<R>& scratch) {
     const Params& p = dot_params(c);
     Rows<R> q = get_rows<R>(p.query, c.query_offset(p.query, q0), nq, p.head_size, true, rows);
-    pack_transposed<R>(q, nq, p.head_size, packed, R(score_scale(p.scale).query));
+    pack_transposed<R>(q, nq, p.head_size, packed, R(score_scale(p.scale).query), panel_stride<R>(nq));
     load_panel_lse<R>(c, q0, nq, minus_lse);
     bool split = split_huge_lse<R>(c, q0, nq, packed, minus_lse, minus_log, keys, P, scratch);
     panel = {q0, nq, packed, minus_lse, split ? minus_log : nullptr};

@@ -63,7 +63,8 @@ __attribute__((noinline)) void probability_tile(const HeadContext& c, const Scor
                      if (__builtin_expect(panel.minus_log != nullptr, 0)) {
                        ATTNFAST_UNROLL for (int i = 0; i < M; i++) x[i] += load(panel.minus_log + N * j);
                      }
-                     ATTNFAST_UNROLL for (int i = 0; i < M; i++) store(P + (r + i) * W + N * j, exp2v<R>(x[i], table));
+                     exp2_block<R, M>(x, table);
+                     ATTNFAST_UNROLL for (int i = 0; i < M; i++) store(P + (r + i) * W + N * j, x[i]);
                    });
 }
 

@@ -17,8 +17,25 @@ using Int = std::integral_constant<int, N>;
 // c[i][j] += sum_k a(i, k) * B[k][lane], M rows, N vectors; a(i, k) = A[k * sa + i] if TRANSPOSED, else A[i * sa + k].
 template <class R, int M, int N, bool TRANSPOSED>
 ATTNFAST_INLINE void multiply(int64_t depth, const R* A, int64_t sa, const R* B, int64_t sb, Vec<R> (&c)[M][N]) {
+  int64_t k = 0;
+  if constexpr (N == 1 && M <= 2) {
+    // One or two accumulators would wait for themselves at every step: a few partial sums keep the processor busy.
+    constexpr int kParts = 4 / M;
+    Vec<R> part[kParts][M] = {};
+    for (; k + kParts <= depth; k += kParts) {
+      ATTNFAST_UNROLL for (int j = 0; j < kParts; j++) {
+        Vec<R> b = load(B + (k + j) * sb);
+        ATTNFAST_UNROLL for (int i = 0; i < M; i++) part[j][i] +=
+            splat(TRANSPOSED ? A[(k + j) * sa + i] : A[i * sa + k + j]) * b;
+      }
+    }
+    ATTNFAST_UNROLL for (int i = 0; i < M; i++) {
+      ATTNFAST_UNROLL for (int j = 1; j < kParts; j++) part[0][i] += part[j][i];
+      c[i][0] += part[0][i];
+    }
+  }
 #pragma GCC unroll 4
-  for (int64_t k = 0; k < depth; k++) {
+  for (; k < depth; k++) {
     Vec<R> b[N];
     ATTNFAST_UNROLL for (int j = 0; j < N; j++) b[j] = load(B + k * sb + kLanes<R> * j);
     ATTNFAST_UNROLL for (int i = 0; i < M; i++) {
@@ -64,7 +81,7 @@ struct LaneBands {
 };
 
 // out(Int<M>, x, r, j): the M finished vectors of keys r.. in vector column j,
-//   x[i] = init[j] + sum_d A[r + i][d] * bt[d][j]
+//   x[i] = init[j] + sum_d A[r + i][d] * bt[d][j], bt packed with panel_stride
 // The depth is cut so that the packed operand stays in L1; partial sums wait in buf. With bands, vectors that no lane
 // of a row block can see are not formed and buf holds `hole` there.
 template <class R, class Out>
@@ -101,7 +118,8 @@ ATTNFAST_INLINE void score_product(Rows<R> A, int64_t depth, const R* bt, const 
           ATTNFAST_UNROLL for (int i = 0; i < M; i++) ATTNFAST_UNROLL for (int v = 0; v < N; v++) c[i][v] =
               load(b + i * W + N0 * v);
         }
-        multiply<R, M, N, false>(count, a, A.stride, bt + d0 * W + N0 * j, W, c);
+        int64_t stride = N == 1 && vectors == 1 ? N0 : W;
+        multiply<R, M, N, false>(count, a, A.stride, bt + d0 * stride + N0 * j, stride, c);
         if (last) {
           ATTNFAST_UNROLL for (int v = 0; v < N; v++) {
             Vec<R> x[M];

@@ -14,6 +14,8 @@ namespace attnfast {
   const char* dot_attention_decode_obstacle(const DotAttentionParams&); \
   void additive_attention_fwd(const AdditiveAttentionParams&);          \
   void additive_attention_bwd(const AdditiveAttentionParams&);          \
+  double yardstick_fma(int64_t steps);                                  \
+  uint64_t yardstick_read(const void* data, int64_t bytes);             \
   }
 
 ATTNFAST_DECLARE(baseline)
@@ -32,7 +34,9 @@ namespace {
    isa::dot_attention_bwd,             \
    isa::dot_attention_decode_obstacle, \
    isa::additive_attention_fwd,        \
-   isa::additive_attention_bwd}
+   isa::additive_attention_bwd,        \
+   isa::yardstick_fma,                 \
+   isa::yardstick_read}
 
 // From the lowest to the best.
 constexpr KernelTable kTables[] = {

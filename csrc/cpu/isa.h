@@ -17,6 +17,8 @@ struct KernelTable {
   const char* (*dot_attention_decode_obstacle)(const DotAttentionParams&);
   void (*additive_attention_fwd)(const AdditiveAttentionParams&);
   void (*additive_attention_bwd)(const AdditiveAttentionParams&);
+  double (*yardstick_fma)(int64_t steps);
+  uint64_t (*yardstick_read)(const void* data, int64_t bytes);
 };
 
 // The table in use. Until select_isa_at_load it is the best one this machine can run.

@@ -36,41 +36,32 @@ static inline HeadContext head_context(const AttentionParams& p, int64_t b, int6
   return {&p, s, band_of(p, s), h, group > 1 ? h : h / (p.heads / p.kv_heads), group};
 }
 
+// Keys [begin, end) that some row of a block sees, begin on a tile.
+struct KeyRange {
+  int64_t begin, end;
+};
+static inline KeyRange visible_keys(const HeadContext& c, int64_t q0, int64_t rows) {
+  return {first_key(c.band, q0) / kKeyTile * kKeyTile, end_key(c.band, q0 + rows - 1)};
+}
+
 template <class R>
 struct ScoreTile {
   LaneBands bands;
   bool limited;          // some key is invisible to some row by position
-  bool masked;           // some entry is masked, by position or by a tensor
-  const R* add;          // [keys][panel] base-2 addend, -inf where a bias masks; null if there is none
-  const uint64_t* bits;  // [keys] the queries that the boolean mask lets see the key; null if it hides nothing here
+  bool masked;           // some entry is masked, by position or by a tensor: `bits` is not null
+  const R* add;          // [keys][panel] base-2 addend, anything where `bits` hides the key; null if there is none
+  const uint64_t* bits;  // [keys] the queries that see the key, by position and by every tensor; null if all do
   int64_t q0, k0;
   int nq, nk;
 
   const LaneBands* bands_or_null() const { return limited ? &bands : nullptr; }
-  bool plain() const { return !add && !limited && !bits; }
-  bool visible(int q, int k) const {
-    if (limited && (q < bands.begin[k] || q >= bands.end[k])) return false;
-    if (bits && !(bits[k] >> q & 1)) return false;
-    return !add || add[k * kPanel<R> + q] != -infinity<R>();
-  }
+  bool plain() const { return !add && !bits; }
+  bool visible(int q, int k) const { return !bits || (bits[k] >> q & 1); }
   // x = the score with its addend, or -inf where masked. Selected, not multiplied: x may be NaN there.
   ATTNFAST_LAMBDA inline Vec<R> modify(Vec<R> x, int key, int j) const {
     constexpr int N = kLanes<R>;
-    using I = MaskInt<R>;
-    using U = std::make_unsigned_t<I>;
-    if (add) {
-      Vec<R> a = load(add + key * kPanel<R> + N * j);
-      x = a == -infinity<R>() ? splat(-infinity<R>()) : x + a;
-    }
-    if (bits) {
-      Vec<U> lane = (Vec<U>{} + U(1)) << reinterpret_cast<Vec<U>>(iota<I>());
-      x = ((Vec<U>{} + U(bits[key] >> (N * j))) & lane) != U(0) ? x : splat(-infinity<R>());
-    }
-    if (limited) {
-      Vec<U> lane = reinterpret_cast<Vec<U>>(iota<I>()) + U(N * j - bands.begin[key]);
-      U width = bands.end[key] > bands.begin[key] ? U(bands.end[key] - bands.begin[key]) : U(0);
-      x = lane < width ? x : splat(-infinity<R>());
-    }
+    if (add) x += load(add + key * kPanel<R> + N * j);
+    if (bits) x = select_bits<R>(bits[key] >> (N * j), x, splat(-infinity<R>()));
     return x;
   }
 };
@@ -91,30 +82,31 @@ struct ScoreScratch {
   explicit ScoreScratch(R* base) : add(base), rows(base + kKeyTile * kPanel<R>), tile(rows + kKeyTile * kPanel<R>) {}
 };
 
-// dst[key][query] = t[b, h, q0 + query, k0 + key] as R, q0 and k0 counted from the sequence's first token (`t` is
-// indexed by packed token); lanes past nq are zero.
+// dst[key][query] = scale * t[b, h, q0 + query, k0 + key] as R, q0 and k0 counted from the sequence's first token (`t`
+// is indexed by packed token); lanes past nq are zero.
 template <class R>
-static void load_tile_transposed(const Tensor4& t, const HeadContext& c, const ScoreTile<R>& tile, R* rows, R* dst) {
+static void load_tile_transposed(const Tensor4& t, const HeadContext& c, const ScoreTile<R>& tile, R* rows, R* dst,
+                                 R scale = R(1)) {
   constexpr int N = kLanes<R>, W = kPanel<R>;
   int64_t offset = offset4(t, c.s.tensor_batch, c.h, c.s.query_begin + tile.q0, c.s.key_begin + tile.k0);
   if (t.stride[2] == 0) {  // one row serves every query
     load_rows<R>(t, offset, 1, tile.nk, rows, kKeyTile);
     for (int k = 0; k < tile.nk; k++)
-      for (int q = 0; q < tile.nq; q += N) store(dst + k * W + q, splat(rows[k]));
+      for (int q = 0; q < tile.nq; q += N) store(dst + k * W + q, splat(rows[k] * scale));
   } else if (t.stride[3] == 0) {  // one column serves every key
     Tensor4 column = t;
     column.stride[3] = t.stride[2];
     for (int q = 0; q < W; q++) rows[q] = R(0);
     load_rows<R>(column, offset, 1, tile.nq, rows, W);
     for (int k = 0; k < tile.nk; k++)
-      for (int q = 0; q < tile.nq; q += N) store(dst + k * W + q, load(rows + q));
+      for (int q = 0; q < tile.nq; q += N) store(dst + k * W + q, load(rows + q) * scale);
   } else {
     Rows<R> source{static_cast<const R*>(t.data) + offset, t.stride[2]};
     if (t.dtype != kRealType<R> || t.stride[3] != 1 || tile.nk % N != 0) {
       load_rows<R>(t, offset, tile.nq, tile.nk, rows, kKeyTile);
       source = {rows, kKeyTile};
     }
-    pack_transposed<R>(source, tile.nq, tile.nk, dst, R(1));
+    pack_transposed<R>(source, tile.nq, tile.nk, dst, scale);
   }
 }
 
@@ -141,33 +133,40 @@ static void add_alibi(const HeadContext& c, const ScoreTile<R>& tile, R* add) {
     }
 }
 
-// add = (fresh ? 0 : add) + log2(e) * bias; false if that masks every entry of the tile. Notes masked entries in
-// `tile`.
+// add (+)= scaled if every sum is above -inf, as it is unless a bias masks or is out of range; else false, and nothing
+// is done. NaN counts as above. If `fresh`, the sum is `scaled` itself, which is then `add`.
 template <class R>
-static bool add_bias(ScoreTile<R>& tile, const R* bias, bool fresh, R* add) {
-  constexpr int N = kLanes<R>, W = kPanel<R>;
-  using I = MaskInt<R>;
-  constexpr R kLowest = std::is_same_v<R, double> ? R(-__DBL_MAX__) : R(-__FLT_MAX__);
-  bool any_visible = false;
-  for (int q = 0; q < tile.nq; q += N) {
-    Vec<I> seen{}, hidden{};
-    for (int k = 0; k < tile.nk; k++) {
-      Vec<R> x = load(bias + k * W + q), before = fresh ? Vec<R>{} : load(add + k * W + q);
-      Vec<R> sum = before + x * R(kLog2e);
-      // A finite bias stays finite: finfo.min is a number, only -inf masks.
-      sum = sum < kLowest ? splat(kLowest) : sum;
-      auto masked = (x == -infinity<R>()) | (before == -infinity<R>());
-      store(add + k * W + q, masked ? splat(-infinity<R>()) : sum);
-      hidden |= masked;
-      seen |= ~masked;
-    }
-    for (int i = 0; i < N && q + i < tile.nq; i++) {
-      any_visible |= seen[i] != 0;
-      tile.masked |= hidden[i] != 0;
-    }
-  }
-  return any_visible;
+static bool add_finite_bias(const ScoreTile<R>& tile, const R* scaled, bool fresh, R* add) {
+  Vec<R> least{};
+  for_live_vectors(tile, [&](int i) ATTNFAST_LAMBDA {
+    Vec<R> x = fresh ? load(scaled + i) : load(scaled + i) + load(add + i);
+    least = x < least ? x : least;
+  });
+  if (minus_infinity_bits<R>(least)) return false;
+  if (!fresh) for_live_vectors(tile, [&](int i) ATTNFAST_LAMBDA { store(add + i, load(scaled + i) + load(add + i)); });
+  return true;
 }
+
+// The same for any bias: add (+)= log2(e) * bias. A finite bias stays finite (finfo.min is a number); -inf masks, which
+// is noted in `bits`.
+template <class R>
+static void add_masking_bias(const ScoreTile<R>& tile, const R* bias, bool fresh, R* add, uint64_t* bits) {
+  constexpr int N = kLanes<R>, W = kPanel<R>;
+  constexpr R kLowest = std::is_same_v<R, double> ? R(-__DBL_MAX__) : R(-__FLT_MAX__);
+  for (int k = 0; k < tile.nk; k++)
+    for (int q = 0; q < tile.nq; q += N) {
+      Vec<R> x = load(bias + k * W + q), sum = (fresh ? Vec<R>{} : load(add + k * W + q)) + x * R(kLog2e);
+      store(add + k * W + q, sum < kLowest ? splat(kLowest) : sum);
+      bits[k] &= ~(minus_infinity_bits<R>(x) << q);
+    }
+}
+
+static inline bool any_bit(const uint64_t* bits, int count) {
+  uint64_t any = 0;
+  for (int i = 0; i < count; i++) any |= bits[i];
+  return any != 0;
+}
+static inline uint64_t low_bits(int64_t count) { return count >= 64 ? ~uint64_t(0) : (uint64_t(1) << count) - 1; }
 
 // Fills `tile` for the panel at q0 and the keys at k0; false if nothing in it is visible (skip it).
 template <class R>
@@ -193,43 +192,49 @@ static bool prepare_tile(const HeadContext& c, int64_t q0, int nq, int64_t k0, i
         tile.bands.end[k] = int32_t(clamp_index(end_query(c.band, k0 + k) - q0, 0, W));
       }
     }
-  tile.masked = tile.limited;
   tile.add = nullptr;
-  tile.bits = nullptr;
+  uint64_t* bits = scratch.bits;
+  uint64_t all = low_bits(nq);
+  bool hides = tile.limited;
   if (p.mask.data) {
     int64_t offset = offset4(p.mask, c.s.tensor_batch, c.h, c.s.query_begin + q0, c.s.key_begin + k0);
-    load_mask_bits(p.mask, offset, nq, nk, scratch.bits);
-    uint64_t any = 0, every = ~uint64_t(0), all = nq < 64 ? (uint64_t(1) << nq) - 1 : ~uint64_t(0);
-    for (int k = 0; k < nk; k++) {
-      any |= scratch.bits[k];
-      every &= scratch.bits[k];
-    }
-    if (any == 0) return false;
-    if (every != all) {
-      tile.bits = scratch.bits;
-      tile.masked = true;
-    }
+    load_mask_bits(p.mask, offset, nq, nk, bits);
+    for (int k = 0; k < nk && !hides; k++) hides = bits[k] != all;
+  } else if (tile.limited) {
+    for (int k = 0; k < nk; k++) bits[k] = all;
   }
-  if (!has_addend(p)) return true;
+  if (tile.limited)
+    for (int k = 0; k < nk; k++) bits[k] &= low_bits(tile.bands.end[k]) & ~low_bits(tile.bands.begin[k]);
+  if (hides && !any_bit(bits, nk)) return false;
 
   R* add = scratch.add;
-  tile.add = add;
-  bool fresh = !p.alibi_slopes, any_visible = true;
+  bool fresh = !p.alibi_slopes;
   if (!fresh) add_alibi<R>(c, tile, add);
   for (const Tensor4& bias : p.bias)
     if (bias.data) {
       R* dst = fresh ? add : scratch.tile;
-      load_tile_transposed<R>(bias, c, tile, scratch.rows, dst);
-      any_visible = add_bias<R>(tile, dst, fresh, add);
+      load_tile_transposed<R>(bias, c, tile, scratch.rows, dst, R(kLog2e));
+      if (!add_finite_bias<R>(tile, dst, fresh, add)) {
+        if (!hides && !p.mask.data) {
+          for (int k = 0; k < nk; k++) bits[k] = all;
+        }
+        hides = true;
+        load_tile_transposed<R>(bias, c, tile, scratch.rows, dst);
+        add_masking_bias<R>(tile, dst, fresh, add, bits);
+      }
       fresh = false;
     }
-  return any_visible;
+  if (has_addend(p)) tile.add = add;
+  tile.bits = hides ? bits : nullptr;
+  tile.masked = hides;
+  return !hides || any_bit(bits, nk);
 }
 
-// keep[key][query] = 1 / (1 - p) or 0.
+// keep[key][query] = 1 / (1 - p) or 0. A draw stands in the low half of a 64-bit lane, so that the products of a round
+// are single instructions and nothing is moved between halves; what is above is carried along and ignored.
 template <class R>
 static void dropout_tile(const HeadContext& c, const ScoreTile<R>& tile, R* keep) {
-  constexpr int U = kLanes<uint32_t>, W = kPanel<R>;
+  constexpr int N = kLanes<uint64_t>, W = kPanel<R>;
   const AttentionParams& p = *c.p;
   uint64_t threshold = dropout_threshold(p.dropout_p);
   R scale = R(dropout_scale(p.dropout_p));
@@ -237,31 +242,42 @@ static void dropout_tile(const HeadContext& c, const ScoreTile<R>& tile, R* keep
     for_live_vectors(tile, [&](int i) ATTNFAST_LAMBDA { store(keep + i, Vec<R>{}); });
     return;
   }
-  uint64_t row0 = uint64_t(c.row(tile.q0));
-  for (int q = 0; q < tile.nq; q += U) {
-    U32 low = reinterpret_cast<U32>(iota<int32_t>()) + uint32_t(row0 + uint64_t(q));
-    U32 carry = low < uint32_t(row0 + uint64_t(q)) ? U32{} + 1u : U32{};
-    U32 high = carry + uint32_t((row0 + uint64_t(q)) >> 32);
+  uint64_t keys[kPhiloxRounds][2];
+  for (int i = 0; i < kPhiloxRounds; i++) {
+    keys[i][0] = uint32_t(uint32_t(p.seed) + uint32_t(i) * kPhiloxW0);
+    keys[i][1] = uint32_t(uint32_t(p.seed >> 32) + uint32_t(i) * kPhiloxW1);
+  }
+  constexpr int kPairs = kLanes<R> == N ? 1 : 2;  // vectors of draws for a vector of R
+  for (int q = 0; q < tile.nq; q += kLanes<R>) {
+    U64 row[kPairs];
+    for (int i = 0; i < kPairs; i++) {
+      for (int lane = 0; lane < N; lane++) row[i][lane] = uint64_t(c.row(tile.q0)) + uint64_t(q + kPairs * lane + i);
+    }
     for (int k = 0; k < tile.nk; k += 4) {
-      U32 c0 = U32{} + uint32_t((tile.k0 + k) >> 2), c1 = low, c2 = high, c3 = U32{} + uint32_t(p.offset);
-      uint32_t k0 = uint32_t(p.seed), k1 = uint32_t(p.seed >> 32);
-      for (int i = 0; i < kPhiloxRounds; i++) {
-        U32 hi0, lo0, hi1, lo1;
-        multiply_wide(c0, kPhiloxM0, hi0, lo0);
-        multiply_wide(c2, kPhiloxM1, hi1, lo1);
-        c0 = hi1 ^ c1 ^ k0;
-        c2 = hi0 ^ c3 ^ k1;
-        c1 = lo1;
-        c3 = lo0;
-        k0 += kPhiloxW0;
-        k1 += kPhiloxW1;
+      U64 word[kPairs][4];
+      ATTNFAST_UNROLL for (int v = 0; v < kPairs; v++) {
+        U64 c0 = U64{} + uint64_t((tile.k0 + k) >> 2), c1 = row[v], c2 = row[v] >> 32, c3 = U64{} + uint32_t(p.offset);
+        ATTNFAST_UNROLL for (int i = 0; i < kPhiloxRounds; i++) {
+          U64 a = multiply_low(c0, kPhiloxM0), b = multiply_low(c2, kPhiloxM1);
+          c0 = (b >> 32) ^ c1 ^ keys[i][0];
+          c2 = (a >> 32) ^ c3 ^ keys[i][1];
+          c1 = b;
+          c3 = a;
+        }
+        word[v][0] = c0;
+        word[v][1] = c1;
+        word[v][2] = c2;
+        word[v][3] = c3;
       }
-      const U32 word[4] = {c0, c1, c2, c3};
       for (int w = 0; w < 4 && k + w < tile.nk; w++) {
-        alignas(64) uint32_t draw[U];
-        store(draw, word[w]);
-        for (int i = 0; i < U && q + i < W; i++)
-          keep[(k + w) * W + q + i] = draw[i] >= uint32_t(threshold) ? scale : R(0);
+        R* out = keep + (k + w) * W + q;
+        if constexpr (kPairs == 1) {
+          store(out, (word[0][w] & 0xffffffffu) >= threshold ? splat(scale) : Vec<R>{});
+        } else {  // even queries are in the low halves of one vector, odd ones in those of the other
+          constexpr int kLow = __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ ? 0 : 1;
+          U32 draw = reinterpret_cast<U32>((word[kLow][w] & 0xffffffffu) | word[1 - kLow][w] << 32);
+          store(out, draw >= uint32_t(threshold) ? splat(scale) : Vec<R>{});
+        }
       }
     }
   }

@@ -102,6 +102,39 @@ ATTNFAST_INLINE Vec<R> iota() {
   for (int i = 0; i < kLanes<R>; i++) v[i] = R(i);
   return v;
 }
+// `yes` in the lanes whose bit is set, `no` in the others.
+template <class R>
+ATTNFAST_INLINE Vec<R> select_bits(uint64_t bits, Vec<R> yes, Vec<R> no) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(R) == 8)
+    return (Vec<R>)_mm512_mask_blend_pd(__mmask8(bits), (__m512d)no, (__m512d)yes);
+  else
+    return (Vec<R>)_mm512_mask_blend_ps(__mmask16(bits), (__m512)no, (__m512)yes);
+#else
+  using U = std::make_unsigned_t<MaskInt<R>>;
+  Vec<U> lane = (Vec<U>{} + U(1)) << reinterpret_cast<Vec<U>>(iota<MaskInt<R>>());
+  return ((Vec<U>{} + U(bits)) & lane) != U(0) ? yes : no;
+#endif
+}
+// Bit i is set where lane i of `x` is -infinity.
+template <class R>
+ATTNFAST_INLINE uint64_t minus_infinity_bits(Vec<R> x) {
+  uint64_t bits = 0;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(R) == 8)
+    return _mm512_cmp_pd_mask((__m512d)x, _mm512_set1_pd(-infinity<double>()), _CMP_EQ_OQ);
+  else
+    return _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-infinity<float>()), _CMP_EQ_OQ);
+#elif defined(__AVX2__)
+  auto hidden = x == -infinity<R>();
+  if constexpr (sizeof(R) == 8)
+    return uint64_t(_mm256_movemask_pd((__m256d)hidden));
+  else
+    return uint64_t(_mm256_movemask_ps((__m256)hidden));
+#endif
+  for (int i = 0; i < kLanes<R>; i++) bits |= uint64_t(x[i] == -infinity<R>()) << i;
+  return bits;
+}
 ATTNFAST_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 
 // ---------------------------------------------------------------- widening loads and rounding stores
@@ -155,6 +188,19 @@ ATTNFAST_INLINE Vec<R> load_partial(const T* p, int count) {
   alignas(64) T part[kLanes<R>] = {};
   for (int i = 0; i < count; i++) part[i] = p[i];
   return load_as<R>(static_cast<const T*>(part));
+#endif
+}
+
+// The first `count` lanes, and nothing past them. 0 < count < kLanes<R>.
+template <class R>
+ATTNFAST_INLINE void store_partial(R* p, Vec<R> v, int count) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(R) == 8)
+    _mm512_mask_storeu_pd(p, __mmask8((1u << count) - 1), (__m512d)v);
+  else
+    _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), (__m512)v);
+#else
+  for (int i = 0; i < count; i++) p[i] = v[i];
 #endif
 }
 
@@ -258,8 +304,8 @@ ATTNFAST_INLINE const R* exp2_table() {
   else
     return kExp2CoefficientsDouble;
 }
-// 2^x for x <= the largest exponent (larger gives inf), -inf -> 0, NaN -> NaN. `table` comes from exp2_table; passing
-// it through an empty asm hides its contents from the optimiser.
+// 2^x; 0 below the range of normal numbers, something huge or infinite above it, NaN -> NaN. `table` comes from
+// exp2_table; passing it through an empty asm hides its contents from the optimiser.
 template <class R>
 ATTNFAST_INLINE Vec<R> exp2v(Vec<R> x, const R*& table) {
   constexpr int kDegree = sizeof(R) == 4 ? 5 : 13;
@@ -273,18 +319,49 @@ ATTNFAST_INLINE Vec<R> exp2v(Vec<R> x, const R*& table) {
 #endif
   using I = MaskInt<R>;
   constexpr R kMagic = sizeof(R) == 4 ? R(0x1.8p23) : R(0x1.8p52);
-  constexpr R kMax = sizeof(R) == 4 ? R(128) : R(1024), kMin = sizeof(R) == 4 ? R(-126) : R(-1022);
   constexpr int kShift = sizeof(R) == 4 ? 23 : 52;
   constexpr I kBias = sizeof(R) == 4 ? 127 : 1023;
+  constexpr R kMax = R(kBias) + R(0.49), kMin = R(-kBias);
+  // Comparisons that NaN fails, so that it stays.
   Vec<R> y = x > kMax ? splat(kMax) : x;
+  y = y < kMin ? splat(kMin) : y;
   Vec<R> t = y + kMagic, f = y - (t - kMagic), p = splat(table[kDegree]);
   ATTNFAST_UNROLL for (int i = kDegree - 1; i >= 0; i--) p = p * f + splat(table[i]);
-  Vec<I> n = reinterpret_cast<Vec<I>>(t) - reinterpret_cast<Vec<I>>(splat(kMagic));
-  // Two factors, because 2^1024 (2^128) itself has no representation as one.
-  Vec<I> half = n >> 1;
-  Vec<R> a = reinterpret_cast<Vec<R>>((half + kBias) << kShift);
-  Vec<R> b = reinterpret_cast<Vec<R>>((n - half + kBias) << kShift);
-  return x < kMin ? Vec<R>{} : p * a * b;
+  // The last bits of t are the integer part n; what stands above leaves with the shift. n = -kBias gives the bits of 0.
+  return p * reinterpret_cast<Vec<R>>((reinterpret_cast<Vec<I>>(t) << kShift) + (kBias << kShift));
+}
+// The same for M vectors at once: where a broadcast is an instruction of its own, a few vectors share it.
+template <class R, int M>
+ATTNFAST_INLINE void exp2_block(Vec<R> (&x)[M], const R*& table) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  constexpr int kDegree = sizeof(R) == 4 ? 5 : 13, kGroup = 3;  // polynomial, fraction and power of each in registers
+  using I = MaskInt<R>;
+  constexpr R kMagic = sizeof(R) == 4 ? R(0x1.8p23) : R(0x1.8p52);
+  constexpr int kShift = sizeof(R) == 4 ? 23 : 52;
+  constexpr I kBias = sizeof(R) == 4 ? 127 : 1023;
+  constexpr R kMax = R(kBias) + R(0.49), kMin = R(-kBias);
+  ATTNFAST_UNROLL for (int first = 0; first < M; first += kGroup) {
+    Vec<R> f[kGroup], p[kGroup];
+    Vec<I> power[kGroup];
+    asm("" : "+r"(table));
+    ATTNFAST_UNROLL for (int i = 0; i < kGroup; i++) if (first + i < M) {
+      Vec<R> y = x[first + i] > kMax ? splat(kMax) : x[first + i];
+      y = y < kMin ? splat(kMin) : y;
+      Vec<R> t = y + kMagic;
+      f[i] = y - (t - kMagic);
+      p[i] = splat(table[kDegree]);
+      power[i] = (reinterpret_cast<Vec<I>>(t) << kShift) + (kBias << kShift);
+    }
+    ATTNFAST_UNROLL for (int k = kDegree - 1; k >= 0; k--) {
+      Vec<R> c = splat(table[k]);
+      ATTNFAST_UNROLL for (int i = 0; i < kGroup; i++) if (first + i < M) p[i] = p[i] * f[i] + c;
+    }
+    ATTNFAST_UNROLL for (int i = 0; i < kGroup; i++) if (first + i < M) x[first + i] =
+        p[i] * reinterpret_cast<Vec<R>>(power[i]);
+  }
+#else
+  ATTNFAST_UNROLL for (int i = 0; i < M; i++) x[i] = exp2v<R>(x[i], table);
+#endif
 }
 template <class R>
 ATTNFAST_INLINE Vec<R> exp2v(Vec<R> x) {
@@ -348,23 +425,15 @@ ATTNFAST_INLINE VecF smaller(VecF x, VecF limit) {
 }
 
 // ---------------------------------------------------------------- 32-bit products for the random numbers
-ATTNFAST_INLINE void multiply_wide(U32 a, uint32_t m, U32& hi, U32& lo) {
+using U64 = Vec<uint64_t>;
+// The low halves of the 64-bit lanes times m.
+ATTNFAST_INLINE U64 multiply_low(U64 a, uint32_t m) {
 #if defined(__AVX512F__)
-  __m512i x = (__m512i)a, y = _mm512_set1_epi32(int(m));
-  __m512i even = _mm512_mul_epu32(x, y), odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), y);
-  lo = (U32)_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
-  hi = (U32)_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
+  return (U64)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(m));
 #elif defined(__AVX2__)
-  __m256i x = (__m256i)a, y = _mm256_set1_epi32(int(m));
-  __m256i even = _mm256_mul_epu32(x, y), odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), y);
-  lo = (U32)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
-  hi = (U32)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+  return (U64)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(m));
 #else
-  for (int i = 0; i < kLanes<uint32_t>; i++) {
-    uint64_t p = uint64_t(a[i]) * m;
-    hi[i] = uint32_t(p >> 32);
-    lo[i] = uint32_t(p);
-  }
+  return (a & 0xffffffffu) * uint64_t(m);
 #endif
 }
 

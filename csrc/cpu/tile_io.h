@@ -48,9 +48,13 @@ ATTNFAST_INLINE void load_row(const T* src, int64_t stride, int64_t count, R* ds
   if (stride == 1) {
     for (; i + kLanes<R> <= count; i += kLanes<R>) store(dst + i, load_lanes<R>(src + i));
     if (i < count) {
-      alignas(64) T tail[kLanes<R>] = {};
-      for (int64_t j = i; j < count; j++) tail[j - i] = src[j];
-      store(dst + i, load_lanes<R>(tail));
+      if constexpr (std::is_same_v<R, T> || (std::is_same_v<R, float> && !std::is_same_v<T, double>)) {
+        store(dst + i, load_partial<R>(src + i, int(count - i)));
+      } else {
+        alignas(64) T tail[kLanes<R>] = {};
+        for (int64_t j = i; j < count; j++) tail[j - i] = src[j];
+        store(dst + i, load_lanes<R>(tail));
+      }
     }
     return;
   }
@@ -76,8 +80,13 @@ static void store_row(const Tensor4& t, int64_t offset, int64_t cols, const R* s
     if constexpr (!std::is_same_v<T, bool>) {
       T* dst = static_cast<T*>(t.data) + offset;
       int64_t stride = t.stride[3], i = 0;
-      if (stride == 1)
+      if (stride == 1) {
         for (; i + kLanes<R> <= cols; i += kLanes<R>) store_lanes<R>(dst + i, load(src + i) * scale);
+        if constexpr (std::is_same_v<R, T>) {
+          if (i < cols) store_partial(dst + i, load_partial<R>(src + i, int(cols - i)) * scale, int(cols - i));
+          return;
+        }
+      }
       for (; i < cols; i++) store_one<R>(dst + i * stride, src[i] * scale);
     }
   });
@@ -118,19 +127,35 @@ static inline Rows<R> get_rows(const Tensor4& t, int64_t offset, int64_t rows, i
   return {scratch, stride};
 }
 
-// dst[cols][kPanel] = scale * transpose of rows[count][cols]. The vector that holds the last row is filled with zeros,
-// vectors past it are left alone: nothing reads them. `rows` must be readable in whole vectors (padded); columns of dst
-// past `cols` up to the padding are written too.
+// Distance of the rows of a packed panel: one that fits a vector is kept dense, because rows a whole panel apart share
+// few cache sets.
 template <class R>
-static void pack_transposed(Rows<R> rows, int64_t count, int64_t cols, R* dst, R scale) {
-  constexpr int N = kLanes<R>, W = kPanel<R>;
+constexpr int64_t panel_stride(int64_t queries) {
+  return queries <= kLanes<R> ? kLanes<R> : kPanel<R>;
+}
+
+// dst[cols][stride] = scale * transpose of rows[count][cols]. The vector that holds the last row is filled with zeros,
+// vectors past it are left alone: nothing reads them. `rows` must be readable in whole vectors (padded); columns of dst
+// past `cols` up to the padding may be written too.
+template <class R>
+static void pack_transposed(Rows<R> rows, int64_t count, int64_t cols, R* dst, R scale, int64_t stride = kPanel<R>) {
+  constexpr int N = kLanes<R>;
+  if (count <= 2) {  // a transpose would move N rows, nearly all of them zeros
+    for (int64_t d = 0; d < cols; d++) {
+      Vec<R> v{};
+      v[0] = rows.data[d] * scale;
+      if (count == 2) v[1] = rows.data[rows.stride + d] * scale;
+      store(dst + d * stride, v);
+    }
+    return;
+  }
   for (int64_t d = 0; d < cols; d += N)
     for (int q = 0; q < count; q += N) {
       Vec<R> r[N];
       ATTNFAST_UNROLL for (int i = 0; i < N; i++) r[i] =
           q + i < count ? load(rows.data + (q + i) * rows.stride + d) * scale : Vec<R>{};
       transpose<R>(r);
-      ATTNFAST_UNROLL for (int i = 0; i < N; i++) store(dst + (d + i) * W + q, r[i]);
+      ATTNFAST_UNROLL for (int i = 0; i < N; i++) store(dst + (d + i) * stride + q, r[i]);
     }
 }
 
