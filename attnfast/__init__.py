@@ -9,7 +9,14 @@ torch.Size([2, 8, 128, 64])
 from attnfast import reference
 from attnfast._ext import _C as _binary
 from attnfast.explain import explain
-from attnfast.functional import AttentionOutput, attention, scaled_dot_product_attention, varlen_attention
+from attnfast.functional import (
+    AttentionOutput,
+    SampledAttentionOutput,
+    additive_attention,
+    attention,
+    scaled_dot_product_attention,
+    varlen_attention,
+)
 
 __version__ = "0.1.0"
 
@@ -18,7 +25,9 @@ available_isas, get_isa, set_isa = _binary.available_isas, _binary.get_isa, _bin
 
 __all__ = [
     "AttentionOutput",
+    "SampledAttentionOutput",
     "__version__",
+    "additive_attention",
     "attention",
     "available_isas",
     "explain",

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from attnfast import _validate as check
+from attnfast._normalized import is_normalized, prior_operand, sample_seed
 from attnfast._scores import l2_operands
 from attnfast.ops import DotAttentionOptions, draw_seed, ordinary_call
-from attnfast.reference import AttentionOutput, real_dtype, unit_vectors
+from attnfast.reference import AttentionOutput, SampledAttentionOutput, real_dtype, unit_vectors
 
 
 class Call(NamedTuple):
@@ -26,6 +27,8 @@ class Call(NamedTuple):
     leading: tuple[int, ...] | None  # [..., H]; () for 2-D operands, None for packed ones
     extras: bool  # an AttentionOutput is wanted
     jagged: Any = None  # the query [B, j, H, D] of a call with nested tensors
+    normalizer: str = "softmax"
+    prior: Any = None
 
 
 def default_scale(score: str, head_size: int) -> float:
@@ -121,7 +124,7 @@ def attention_call(
     **options: Any,
 ) -> Call:
     """Prepare a call of ``functional.attention``."""
-    check.normalizer(normalizer, prior)
+    check.choice("normalizer", normalizer, check.NORMALIZERS)
     if _is_jagged(query, key, value):
         for name, x in (
             ("mask", mask),
@@ -130,11 +133,12 @@ def attention_call(
             ("key_lengths", key_lengths),
             ("return_lse", return_lse or None),
             ("return_weights", return_weights or None),
+            ("prior", prior),
         ):
             check.absent(name, x, "jagged nested tensors (use varlen_attention)")
-        return _jagged_call(query, key, value, **options)
+        return _jagged_call(query, key, value, normalizer=normalizer, **options)
     plain = not torch.compiler.is_compiling() and ordinary_call(query, key, value) != 0
-    return _call(
+    call = _call(
         *((query, key, value) if plain else _operands(query, key, value)),
         query_lengths=query_lengths,
         key_lengths=key_lengths,
@@ -145,6 +149,14 @@ def attention_call(
         plain=plain,
         **options,
     )
+    return _normalized(call, normalizer, prior) if is_normalized(normalizer, prior) else call
+
+
+def _normalized(call: Call, normalizer: str, prior: Any) -> Call:
+    query, key, *modifiers, options, return_lse = call.arguments
+    prior = prior_operand(prior, query, key.shape[2], call.leading)
+    arguments = (query, key, *modifiers, sample_seed(normalizer, options), return_lse)
+    return call._replace(arguments=arguments, normalizer=normalizer, prior=prior)
 
 
 def varlen_call(
@@ -161,17 +173,18 @@ def varlen_call(
     **options: Any,
 ) -> Call:
     """Prepare a call of ``functional.varlen_attention``."""
-    check.normalizer(normalizer, prior)
+    check.choice("normalizer", normalizer, check.NORMALIZERS)
     query, key, value = _operands(query, key, value)
     check.shapes(query, key, value, packed=True)
     check.length_bound("max_seqlen_q", max_seqlen_q)
     check.length_bound("max_seqlen_k", max_seqlen_k)
     cu_seqlens = _cu_seqlens(cu_seqlens_q, cu_seqlens_k)
     query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
-    return _call(query, key, value, cu_seqlens=cu_seqlens, **options)
+    call = _call(query, key, value, cu_seqlens=cu_seqlens, **options)
+    return _normalized(call, normalizer, prior) if is_normalized(normalizer, prior) else call
 
 
-def finish(call: Call, out: Tensor, lse: Tensor | None, weights: Tensor | None) -> Any:
+def finish(call: Call, out: Tensor, lse: Tensor | None, weights: Tensor | None, log_prob: Tensor | None = None) -> Any:
     """Give the results of ``autograd.dot_attention`` the shape and dtype that the caller expects."""
     if call.leading is None:
         out = out.squeeze(0).transpose(0, 1)
@@ -187,7 +200,10 @@ def finish(call: Call, out: Tensor, lse: Tensor | None, weights: Tensor | None) 
         return out
     if weights is not None and call.arguments[6].weights_mode == check.WEIGHTS_MODES["full"]:
         weights = weights.to(call.dtype)  # sums and maxima stay in the accumulation type
-    return AttentionOutput(out, _unfold(lse, call.leading), _unfold(weights, call.leading))
+    lse, weights, log_prob = (_unfold(x, call.leading) for x in (lse, weights, log_prob))
+    if log_prob is not None:
+        return SampledAttentionOutput(out, lse, weights, log_prob)
+    return AttentionOutput(out, lse, weights)
 
 
 def _unfold(x: Tensor | None, leading: tuple[int, ...] | None) -> Tensor | None:

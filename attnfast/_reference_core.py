@@ -1,4 +1,4 @@
-"""The parts that :mod:`attnfast.reference` is made of: random numbers, visibility, selecting products, softmax.
+"""The parts that :mod:`attnfast.reference` is made of: random numbers, visibility, selecting products, the core.
 
 A plain matrix product cannot select (``0 * NaN`` is NaN), so a product over partially masked non-finite operands is
 formed element by element (:func:`select_operands` decides; memory ``O(T_q T_k D)``, only in that case).
@@ -7,14 +7,19 @@ formed element by element (:func:`select_operands` decides; memory ``O(T_q T_k D
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from attnfast._reference_normalizers import normalize
+
 COSINE_EPS = 1e-8
 CAUSAL_CODES = {None: 0, "top_left": 1, "bottom_right": 2}
+
+# (query, key, visible, exact) -> scores [B, H, T_q, T_k]; `exact` asks to select each pair, see `select_operands`.
+ScoreFunction = Callable[[Tensor, Tensor, "Tensor | None", bool], Tensor]
 
 
 # --- random numbers -------------------------------------------------------------------------------------------------
@@ -38,6 +43,17 @@ def philox(counter: Sequence[Tensor], key: Sequence[Tensor], rounds: int = 7) ->
     return c0, c1, c2, c3
 
 
+def _random_words(seed: Tensor, rows: Tensor, columns: Tensor, stream: int) -> Tensor:
+    """32 random bits for every (row, column): word ``column % 4`` of Philox4x32-7 at counter
+    ``(column // 4, row, row >> 32 | stream << 31, offset)`` under the key ``seed``. Rows stay below 2^63.
+    """
+    low = 0xFFFFFFFF
+    key = (seed[0] & low, (seed[0] >> 32) & low)
+    words = philox(((columns >> 2) & low, rows & low, (rows >> 32) & low | stream << 31, seed[1] & low), key)
+    lane = columns & 3
+    return torch.where(lane < 2, words[0].where(lane == 0, words[1]), words[2].where(lane == 2, words[3]))
+
+
 def dropout_keep(seed: Tensor, dropout_p: float, rows: Tensor, columns: Tensor) -> Tensor:
     """Which weights survive dropout.
 
@@ -55,15 +71,18 @@ def dropout_keep(seed: Tensor, dropout_p: float, rows: Tensor, columns: Tensor) 
     Returns
     -------
     Tensor
-        bool, true = kept: word ``k % 4`` of Philox4x32-7 at counter ``(k // 4, row, row >> 32, offset)`` under the
-        key ``seed`` is at least ``ceil(dropout_p * 2^32)``.
+        bool, true = kept: the random word of (row, column), stream 0, is at least ``ceil(dropout_p * 2^32)``.
     """
-    low = 0xFFFFFFFF
-    key = (seed[0] & low, (seed[0] >> 32) & low)
-    words = philox((columns >> 2, rows & low, (rows >> 32) & low, seed[1] & low), key)
-    lane = columns & 3
-    word = torch.where(lane < 2, words[0].where(lane == 0, words[1]), words[2].where(lane == 2, words[3]))
-    return word >= min(math.ceil(dropout_p * 2.0**32), 2**32)
+    return _random_words(seed, rows, columns, 0) >= min(math.ceil(dropout_p * 2.0**32), 2**32)
+
+
+def gumbel_noise(seed: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """``-log(-log(u))``, float64, with ``u = (word + 1/2) / 2^32`` of the random word of (row, column), stream 1.
+
+    Arguments as for :func:`dropout_keep`; column -1 is the sink.
+    """
+    uniform = (_random_words(seed, rows, columns, 1).double() + 0.5) * 2.0**-32
+    return -(-uniform.log()).log()
 
 
 # --- who sees whom --------------------------------------------------------------------------------------------------
@@ -182,7 +201,7 @@ def _repeat(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 
-def _dot_scores(query: Tensor, key: Tensor, visible: Tensor | None, exact: bool) -> Tensor:
+def dot_scores(query: Tensor, key: Tensor, visible: Tensor | None, exact: bool) -> Tensor:
     """``s[q, k] = sum_d query[q, d] key[k, d]``, ``[B, H, T_q, T_k]``."""
     if exact:
         assert visible is not None
@@ -193,13 +212,28 @@ def _dot_scores(query: Tensor, key: Tensor, visible: Tensor | None, exact: bool)
     return scores.reshape(*query.shape[:3], key.shape[2])
 
 
-def _l2_scores(query: Tensor, key: Tensor, visible: Tensor | None, exact: bool) -> Tensor:
+def l2_scores(query: Tensor, key: Tensor, visible: Tensor | None, exact: bool) -> Tensor:
     """``s[q, k] = -sum_d (query[q, d] - key[k, d])^2``, ``[B, H, T_q, T_k]``."""
     difference = query.unsqueeze(-2) - _repeat(key, query.shape[1]).unsqueeze(-3)
     if exact:
         assert visible is not None
         difference = torch.where(visible.unsqueeze(-1), difference, 0.0)
     return -difference.square().sum(-1)
+
+
+def additive_scores(weight: Tensor, score_bias: Tensor | None) -> ScoreFunction:
+    """``s[q, k] = sum_d weight[d] tanh(query[q, d] + key[k, d] + score_bias[d])`` for ``[H or 1, D]`` parameters."""
+
+    def scores(query: Tensor, key: Tensor, visible: Tensor | None, exact: bool) -> Tensor:
+        if score_bias is not None:
+            query = query + score_bias.unsqueeze(-2)
+        total = query.unsqueeze(-2) + _repeat(key, query.shape[1]).unsqueeze(-3)
+        if exact:
+            assert visible is not None
+            total = torch.where(visible.unsqueeze(-1), total, 0.0)
+        return (total.tanh() @ weight.unsqueeze(-2).unsqueeze(-1)).squeeze(-1)
+
+    return scores
 
 
 def _weighted_sum(weights: Tensor, value: Tensor, visible: Tensor | None, exact: bool) -> Tensor:
@@ -238,34 +272,25 @@ def real_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _softmax(scores: Tensor, visible: Tensor | None, sink: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Weights and natural lse; a row that sees nothing has weights 0 and lse -inf (with a sink: the sink)."""
-    if visible is not None:
-        scores = torch.where(visible, scores, -math.inf)
-    logit = None if sink is None else sink.view(1, -1, 1, 1)
-    # The result does not depend on the shift, so the shift carries no gradient (of any order).
-    fixed = scores.detach()
-    shift = fixed.amax(-1, keepdim=True) if scores.shape[-1] else fixed.new_full((*scores.shape[:-1], 1), -math.inf)
-    if logit is not None:
-        shift = torch.maximum(shift, logit.detach())
-    shift = shift.where(shift != -math.inf, 0.0)
-    exponentials = (scores - shift).exp()
-    total = exponentials.sum(-1, keepdim=True)
-    if logit is not None:
-        total = total + (logit - shift).exp()
-    seen = total != 0
-    total = total.where(seen, 1.0)
-    weights = exponentials / total
-    if visible is not None:
-        weights = weights.where(visible, 0.0)
-    lse = (shift + total.log()).where(seen, -math.inf)
-    return weights, lse.squeeze(-1)
+class Attended(NamedTuple):
+    """What :func:`attend` gives; `log_prob` ``[B, H, T_q]`` for the normaliser ``hard_sample`` only."""
+
+    out: Tensor
+    lse: Tensor | None
+    weights: Tensor | None
+    log_prob: Tensor | None
 
 
 def attend(
-    score: str, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, bias2: Tensor | None,
+    score: ScoreFunction, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, bias2: Tensor | None,
     sink: Tensor | None, options: Any, return_lse: bool, rows: tuple[int, int] | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    normalizer: str = "softmax", prior: Any = None,
+) -> Attended:  # fmt: skip
+    """What every score function shares: masks, biases, normaliser, prior, dropout and the weighted sum.
+
+    `prior` is a tensor broadcastable to ``[B, H, T_q, T_k]``, or ``("gaussian", center, sigma)`` with a center
+    broadcastable to ``[B, H, T_q, 1]``.
+    """
     dtype, real = query.dtype, real_dtype(query.dtype)
     query, key, value = query.to(real), key.to(real), value.to(real)
     biases = [b.to(real) for b in (bias, bias2) if b is not None]
@@ -277,7 +302,7 @@ def attend(
     masks = (options.mask, options.query_lengths, options.key_lengths, options.cu_seqlens_q)
     traced_mask = any(x is not None for x in masks)
     query, key, value, exact = select_operands(query, key, value, visible, traced_mask)
-    scores = (_l2_scores if score == "l2" else _dot_scores)(query, key, visible, exact) * options.scale
+    scores = score(query, key, visible, exact) * options.scale
     if options.softcap > 0:
         if visible is not None:  # an overflowed masked score would give 0 * NaN in tanh's derivative
             scores = scores.where(visible, 0.0)
@@ -286,18 +311,39 @@ def attend(
         scores = scores - _alibi(options.alibi_slopes.to(real), positions, distance)
     for term in biases:
         scores = scores + term
-    weights, lse = _softmax(scores, visible, None if sink is None else sink.to(real))
+    row = torch.arange(first_row, first_row + tokens_q, device=query.device).view(1, 1, tokens_q, 1)
+    row = row + total_rows * torch.arange(b * h, device=query.device).view(b, h, 1, 1)
+    noise = None
+    if normalizer == "hard_sample":
+        columns = positions.key if sink is None else torch.nn.functional.pad(positions.key, (0, 1), value=-1)
+        noise = gumbel_noise(options.seed, row, columns).to(real)
+    weights, lse, log_prob = normalize(
+        normalizer, scores, visible, None if sink is None else sink.to(real), noise, return_lse
+    )
+    if prior is not None:
+        weights = weights * _prior(prior, positions, visible, real)
     if options.dropout_p >= 1:
         weights = weights.masked_fill(torch.ones((), dtype=torch.bool, device=weights.device), 0.0)  # keeps the graph
     elif options.dropout_p > 0:
-        row = torch.arange(first_row, first_row + tokens_q, device=query.device).view(1, 1, tokens_q, 1)
-        row = row + total_rows * torch.arange(b * h, device=query.device).view(b, h, 1, 1)
         keep = dropout_keep(options.seed, options.dropout_p, row, positions.key)
         weights = weights.where(keep, 0.0) / (1.0 - options.dropout_p)
     out = _weighted_sum(weights, value, visible, exact)
     if visible is not None:  # what comes back into a row that saw nothing (a gradient of NaN, say) ends here
         out = out.where(visible.any(-1, keepdim=True), 0.0)
-    return out.to(dtype), lse if return_lse else None, _reduce_weights(weights, options.weights_mode, dtype)
+    reduced = _reduce_weights(weights, options.weights_mode, dtype)
+    return Attended(out.to(dtype), lse if return_lse else None, reduced, log_prob)
+
+
+def _prior(prior: Any, positions: _Positions, visible: Tensor | None, real: torch.dtype) -> Tensor:
+    """The factor of every weight, ``exp(-(k - center)^2 / (2 sigma^2))`` for a Gaussian; 0 where nothing is visible."""
+    if isinstance(prior, Tensor):
+        return prior.to(real) if visible is None else torch.where(visible, prior.to(real), 0.0)
+    _, center, sigma = prior
+    center = center.to(real)
+    if visible is not None:  # before the formula: its derivative in a center of NaN is NaN
+        center = torch.where(visible.any(-1, keepdim=True), center, 0.0)
+    gauss = torch.exp(-0.5 * ((positions.key - center) / sigma).square())
+    return gauss if visible is None else gauss.where(visible, 0.0)
 
 
 def _reduce_weights(weights: Tensor, mode: int, dtype: torch.dtype) -> Tensor | None:

@@ -75,7 +75,7 @@ def score_bias(name: str, x: Any, query: Tensor) -> None:
     tensor(name, x)
     if x.dtype is not torch.float32 and x.dtype is not query.dtype:
         expected = "float32" if query.dtype is torch.float32 else f"float32 or {_dtype_text(query.dtype)} (query's)"
-        boolean = "" if name == "bias" else "bool, "
+        boolean = "bool, " if name.endswith("mask") else ""
         raise TypeError(f"{name}: expected dtype {boolean}{expected}, got {_dtype_text(x.dtype)}")
 
 
@@ -128,13 +128,6 @@ def choice(name: str, x: Any, choices: Sequence[str]) -> str:
         kind = ValueError if isinstance(x, str) else TypeError
         raise kind(f"{name}: expected one of {names}, got {x!r}")
     return x
-
-
-def normalizer(x: Any, prior: Any) -> None:
-    if choice("normalizer", x, NORMALIZERS) != "softmax":
-        raise NotImplementedError(f"normalizer: {x!r} has no fused kernel yet; 'softmax' has")
-    if prior is not None:
-        raise NotImplementedError("prior: a post-softmax prior has no fused kernel yet")
 
 
 def causal_code(x: Any) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from attnfast import _prepare, autograd, functional, ops, reference
 from attnfast._ext import _C
+from attnfast._normalized import is_normalized
 from attnfast.ops import DotAttentionOptions
 
 _WEIGHTS = {1: "the full weights", 2: "the weights' column sums", 3: "the weights' row maxima"}
@@ -48,7 +49,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     ------
     TypeError
         `fn` is not one of those functions.
-    ValueError, TypeError, NotImplementedError
+    ValueError, TypeError
         What the call itself would raise.
 
     Examples
@@ -68,7 +69,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     }
     prepare = known.get(fn)
     if prepare is None:
-        names = ", ".join(name for name in functional.__all__ if name != "AttentionOutput")
+        names = ", ".join(name for name in functional.__all__ if not name.endswith("Output"))
         raise TypeError(f"fn: expected one of attnfast's functions {names}, got {getattr(fn, '__name__', fn)!r}")
     with torch.random.fork_rng(devices=[]):  # preparing a call draws its dropout seed
         call = prepare(*args, **kwargs)
@@ -76,6 +77,8 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     lines = [_headline(fn, call)]
     if fn.__module__ == reference.__name__:
         return "\n".join([*lines, "kernel: none; attnfast.reference is plain PyTorch by definition"])
+    if is_normalized(call.normalizer, call.prior):
+        return "\n".join([*lines, *_normalized(call)])
     route = autograd.plan(*tensors)
     lines.append(f"route: {route}, {_ROUTES[route]}")
     if route == "reference":
@@ -91,6 +94,15 @@ def _headline(fn: Callable[..., Any], call: _prepare.Call) -> str:
     shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in (("query", query), ("key", key), ("value", value)))
     packed = "" if options.cu_seqlens_q is None else f", {options.cu_seqlens_q.shape[0] - 1} packed sequences"
     return f"{fn.__name__}: {shapes}, {str(call.dtype).removeprefix('torch.')}{packed}"
+
+
+def _normalized(call: _prepare.Call) -> list[str]:
+    wanted = [] if call.normalizer == "softmax" else [f"normalizer {call.normalizer!r}"]
+    wanted += [] if call.prior is None else ["a prior"]
+    return [
+        "route: torch, plain PyTorch operations in O(T_q T_k) memory; torch gives the derivatives, of every order",
+        f"kernel: none; {' and '.join(wanted)} {'have' if len(wanted) > 1 else 'has'} no fused kernel",
+    ]
 
 
 def _kernel(tensors: list[Any], options: DotAttentionOptions, need_lse: bool) -> list[str]:

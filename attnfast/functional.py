@@ -12,12 +12,21 @@ import torch
 from torch import Tensor
 
 from attnfast import _prepare, _validate, ops
+from attnfast._additive import additive_attention
+from attnfast._normalized import attend_normalized, is_normalized
 from attnfast._prepare import Call
 from attnfast.autograd import dot_attention, plain_attention, whole_row_attention
 from attnfast.ops import PlainOptions
-from attnfast.reference import AttentionOutput
+from attnfast.reference import AttentionOutput, SampledAttentionOutput
 
-__all__ = ["AttentionOutput", "attention", "scaled_dot_product_attention", "varlen_attention"]
+__all__ = [
+    "AttentionOutput",
+    "SampledAttentionOutput",
+    "additive_attention",
+    "attention",
+    "scaled_dot_product_attention",
+    "varlen_attention",
+]
 
 _ordinary_call = ops.ordinary_call  # a global costs half of what two attribute look-ups do
 _plain_fwd = ops.plain_fwd
@@ -39,6 +48,9 @@ def _new_options(kind: tuple[Any, ...]) -> PlainOptions:
 
 
 def _run(call: Call) -> Any:
+    if is_normalized(call.normalizer, call.prior):
+        results = attend_normalized(*call.arguments, normalizer=call.normalizer, prior=call.prior)
+        return _prepare.finish(call, *results)
     out, lse, weights = dot_attention(*call.arguments)
     return _prepare.finish(call, out, lse, weights)
 
@@ -140,7 +152,7 @@ def attention(
     prior: Any = None,
     return_lse: bool = False,
     return_weights: bool | str = False,
-) -> Tensor | AttentionOutput:
+) -> Tensor | AttentionOutput | SampledAttentionOutput:
     r"""Attention with every score modification the kernels know, in one fused call.
 
     .. math::
@@ -168,8 +180,13 @@ def attention(
     score : {"scaled_dot", "dot", "cosine", "l2"}
         ``q . k / sqrt(D)``; ``q . k``; ``q . k / (max(|q|, 1e-8) max(|k|, 1e-8))``; ``-|q - k|^2`` (half types are
         computed in float32, for its cancellation).
-    normalizer : {"softmax"}
-        Others have no fused kernel yet (NotImplementedError).
+    normalizer : {"softmax", "sparsemax", "entmax15", "sigmoid", "none", "hard", "hard_sample"}
+        What turns the scores of the visible keys into weights: softmax; sparsemax, :math:`\max(s - \tau, 0)`, and
+        1.5-entmax, :math:`\max(s / 2 - \tau, 0)^2`, each with the threshold that makes the sum 1; the logistic function
+        of each score; the scores themselves; 1 for the largest score (the first of equal ones); 1 for a key drawn with
+        its softmax probability (`torch.manual_seed` determines the draw). All but softmax run as plain torch operations
+        with exact derivatives in O(T_q T_k) memory. ``hard`` and ``hard_sample`` give query and key a gradient of zero;
+        REINFORCE uses `log_prob` of :class:`SampledAttentionOutput`.
     mask : Tensor, optional
         Broadcastable to ``[..., H, T_q, T_k]``. Boolean: True = may attend. Floating: added, like `bias`.
     bias : Tensor, optional
@@ -183,25 +200,30 @@ def attention(
     alibi_slopes : Tensor, optional
         ``[H]`` or ``[..., H]``, floating; no gradient (Press et al., ICLR 2022).
     sink : Tensor, optional
-        ``[H]``, floating: a logit per head that takes part in the denominator only; differentiable.
+        ``[H]``, floating: a logit per head that takes part in the denominator only, in other words one more key with
+        value 0 (which ``hard`` may choose and ``hard_sample`` draw); differentiable.
     softcap : float
         0 = off; else scores are capped smoothly at +-softcap, before bias and masks.
     scale : float, optional
         Multiplies the score. Default ``1 / sqrt(D)`` for scaled_dot, 1 for the others. May be 0 or negative.
     dropout_p : float
         Probability in [0, 1] of dropping a weight; `torch.manual_seed` determines the draw.
-    prior : None
-        Post-softmax prior: no fused kernel yet (NotImplementedError).
+    prior : Tensor or ("gaussian", center, sigma), optional
+        Multiplies the normalised weights, which are not normalised again: broadcastable to ``[..., H, T_q, T_k]``; or
+        :math:`\exp(-(k - center_q)^2 / (2\,sigma^2))` with a `center` broadcastable to ``[..., H, T_q]`` and a number
+        `sigma`. float32 or the query's dtype; differentiable. Plain torch operations in O(T_q T_k) memory.
     return_lse : bool
-        Also return lse (natural logarithm, float32, or float64 for float64 input), differentiable.
+        Also return lse (natural logarithm, float32, or float64 for float64 input), differentiable. It is that of the
+        scores, whatever the normalizer.
     return_weights : {False, True, "full", "column_sum", "row_max"}
         Also return the applied weights, their sums over queries, or the maximum of each row, differentiable.
 
     Returns
     -------
-    Tensor or AttentionOutput
+    Tensor, AttentionOutput or SampledAttentionOutput
         ``output [..., H, T_q, D_v]``, or ``AttentionOutput(output, lse [..., H, T_q], weights)`` when `return_lse` or
-        `return_weights` asks for more; weights are ``[..., H, T_q, T_k]``, ``[..., H, T_k]`` or ``[..., H, T_q]``.
+        `return_weights` asks for more; weights are ``[..., H, T_q, T_k]``, ``[..., H, T_k]`` or ``[..., H, T_q]``. With
+        ``hard_sample``, ``SampledAttentionOutput(output, lse, weights, log_prob [..., H, T_q])``.
 
     Raises
     ------
@@ -209,14 +231,14 @@ def attention(
         Shapes that do not fit, a value out of range (lengths included), tensors on different or unsupported devices.
     TypeError
         Arguments of the wrong kind or dtype (mixed, integer, complex, sparse or quantized tensors).
-    NotImplementedError
-        A `normalizer` other than softmax, or a `prior`.
 
     References
     ----------
     Vaswani et al., "Attention Is All You Need", NeurIPS 2017, eq. 1; Graves et al., "Neural Turing Machines", 2014,
     eq. 6 (cosine); Luong et al., EMNLP 2015, eq. 8 (dot); Gemma Team, "Gemma 2", 2024, sec. 2 (soft cap); Xiao et al.,
-    "Efficient Streaming Language Models with Attention Sinks", ICLR 2024.
+    "Efficient Streaming Language Models with Attention Sinks", ICLR 2024; Martins and Astudillo, "From Softmax to
+    Sparsemax", ICML 2016, algorithm 1; Peters, Niculae and Martins, "Sparse Sequence-to-Sequence Models", ACL 2019,
+    algorithm 2 (entmax); Luong et al., EMNLP 2015, eq. 10 (the Gaussian prior).
 
     Examples
     --------
@@ -303,7 +325,7 @@ def varlen_attention(
     prior: Any = None,
     return_lse: bool = False,
     return_weights: bool | str = False,
-) -> Tensor | AttentionOutput:
+) -> Tensor | AttentionOutput | SampledAttentionOutput:
     r"""Attention within each of N sequences packed along the token axis, without padding.
 
     .. math:: out_{[c_n, c_{n+1})} = attention(query_{[c_n, c_{n+1})}, key_{[c'_n, c'_{n+1})}, value_{[c'_n, c'_{n+1})})
@@ -330,13 +352,13 @@ def varlen_attention(
 
     Returns
     -------
-    Tensor or AttentionOutput
+    Tensor, AttentionOutput or SampledAttentionOutput
         ``output [total_q, H, D_v]``; lse ``[H, total_q]``; weights ``[H, total_q, total_k]`` (zero outside the blocks),
         ``[H, total_k]`` or ``[H, total_q]``.
 
     Raises
     ------
-    ValueError, TypeError, NotImplementedError
+    ValueError, TypeError
         As :func:`attention`; also for cu_seqlens that do not start at 0, decrease, or do not end at the total.
 
     References

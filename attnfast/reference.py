@@ -2,7 +2,7 @@
 
 Nothing here is fast and nothing here touches the binary: each function is its formula, differentiable to any order
 and usable under ``torch.func``. The kernels are tested against this file in float64, and double backward, forward-mode
-AD and functorch transforms of the fused functions run through :func:`dot_attention` below.
+AD and functorch transforms of the fused functions run through :func:`dot_attention` and :func:`additive_core` below.
 
 A masked key is *selected* out, never multiplied out: NaN or Inf in it reaches neither an output nor a gradient, of any
 order. `_reference_core` holds the parts.
@@ -18,7 +18,16 @@ import torch
 from torch import Tensor
 
 from attnfast._options import DotAttentionOptions, draw_seed
-from attnfast._reference_core import CAUSAL_CODES, attend, real_dtype, unit_vectors  # noqa: F401 (part of the specification)
+from attnfast._reference_core import (
+    CAUSAL_CODES,
+    ScoreFunction,
+    additive_scores,
+    attend,
+    dot_scores,
+    l2_scores,
+    real_dtype,
+    unit_vectors,
+)
 
 WEIGHTS_MODES = {False: 0, True: 1, "full": 1, "column_sum": 2, "row_max": 3}
 
@@ -40,6 +49,24 @@ class AttentionOutput(NamedTuple):
     output: Tensor
     lse: Tensor | None
     weights: Tensor | None
+
+
+class SampledAttentionOutput(NamedTuple):
+    """What an attention function with ``normalizer="hard_sample"`` returns when more than the output is asked for.
+
+    Attributes
+    ----------
+    output, lse, weights
+        As in :class:`AttentionOutput`; the weights are one-hot rows, before a prior and dropout.
+    log_prob : Tensor
+        Logarithm of the probability of the key that each query drew, ``[..., H, T_q]``, differentiable: what REINFORCE
+        (Williams 1992) multiplies by the reward. 0 in a row that sees nothing; the sink's where the sink was drawn.
+    """
+
+    output: Tensor
+    lse: Tensor | None
+    weights: Tensor | None
+    log_prob: Tensor
 
 
 def dot_attention(
@@ -80,17 +107,40 @@ def dot_attention(
     tuple
         ``(out, lse or None, weights or None)``; half types are accumulated in float32 and rounded once.
     """
-    return attend("dot", query, key, value, bias, bias2, sink, options, return_lse, rows)
+    return attend(dot_scores, query, key, value, bias, bias2, sink, options, return_lse, rows)[:3]
+
+
+def additive_core(
+    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, score_bias: Tensor | None, bias: Tensor | None,
+    bias2: Tensor | None, sink: Tensor | None, options: DotAttentionOptions, return_lse: bool,
+    rows: tuple[int, int] | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    r"""The additive core on 4-D tensors: :func:`dot_attention` with the score
+
+    .. math:: s_{qk} = \sum_d weight_d \tanh(query_{qd} + key_{kd} + score\_bias_d)
+
+    Parameters
+    ----------
+    query, key, value : Tensor
+        ``[B, H, T_q, D]``, ``[B, H_kv, T_k, D]``, ``[B, H_kv, T_k, D_v]``; queries and keys are projected already.
+    weight : Tensor
+        ``[H, D]`` or ``[1, D]``.
+    score_bias : Tensor or None
+        ``[H, D]`` or ``[1, D]``.
+    bias, bias2, sink, options, return_lse, rows
+        As for :func:`dot_attention`; ``options.scale`` multiplies the score.
+
+    Returns
+    -------
+    tuple
+        ``(out, lse or None, weights or None)``. Forms ``[B, H, T_q, T_k, D]``.
+    """
+    real = real_dtype(query.dtype)
+    score = additive_scores(weight.to(real), None if score_bias is None else score_bias.to(real))
+    return attend(score, query, key, value, bias, bias2, sink, options, return_lse, rows)[:3]
 
 
 # --- public functions -----------------------------------------------------------------------------------------------
-
-
-def _require_softmax(normalizer: str, prior: Any) -> None:
-    if normalizer != "softmax":
-        raise NotImplementedError(f"normalizer: the reference holds 'softmax' only, got {normalizer!r}")
-    if prior is not None:
-        raise NotImplementedError("prior: the reference has no post-softmax prior yet")
 
 
 def _scale(score: str, scale: float | None, head_size: int) -> float:
@@ -116,6 +166,30 @@ def _fold_slopes(slopes: Tensor | None, batch: Sequence[int]) -> Tensor | None:
     return slopes.expand(*batch, slopes.shape[-1]).reshape(-1, slopes.shape[-1])
 
 
+def _fold_prior(prior: Any, batch: Sequence[int]) -> Any:
+    """A tensor is folded like a bias; the center ``[..., H, T_q]`` of a Gaussian becomes ``[B or 1, H, T_q, 1]``."""
+    if prior is None or isinstance(prior, Tensor):
+        return _fold(prior, batch, False)
+    name, center, sigma = prior
+    return name, _fold(center.unsqueeze(-1), batch, False), sigma
+
+
+def _pack(
+    results: Sequence[Tensor | None], dtype: torch.dtype, mode: int, return_lse: bool
+) -> Tensor | AttentionOutput | SampledAttentionOutput:
+    """(output, lse, weights, log_prob) in the shape the caller sees -> what the caller gets."""
+    out, lse, weights, log_prob = results
+    assert out is not None
+    out = out.to(dtype)
+    if not return_lse and not mode:
+        return out
+    if weights is not None and mode == 1:
+        weights = weights.to(dtype)
+    if log_prob is not None:
+        return SampledAttentionOutput(out, lse, weights, log_prob)
+    return AttentionOutput(out, lse, weights)
+
+
 def attention(
     query: Tensor, key: Tensor, value: Tensor, *, score: str = "scaled_dot", normalizer: str = "softmax",
     mask: Tensor | None = None, bias: Tensor | None = None, causal: str | None = None,
@@ -123,48 +197,123 @@ def attention(
     alibi_slopes: Tensor | None = None, sink: Tensor | None = None, softcap: float = 0.0, scale: float | None = None,
     dropout_p: float = 0.0, prior: Any = None, return_lse: bool = False, return_weights: bool | str = False,
     dropout_seed: Tensor | None = None,
-) -> Tensor | AttentionOutput:  # fmt: skip
+) -> Tensor | AttentionOutput | SampledAttentionOutput:  # fmt: skip
     r"""Specification of :func:`attnfast.attention`: :func:`dot_attention` with the score
 
     - ``"dot"``: :math:`q \cdot k` and ``"scaled_dot"``: :math:`q \cdot k / \sqrt{D}` (Vaswani et al. 2017, eq. 1);
     - ``"cosine"``: :math:`q \cdot k / (\max(|q|, \epsilon) \max(|k|, \epsilon))`, epsilon 1e-8 (Graves et al. 2014, 6);
     - ``"l2"``: :math:`-|q - k|^2`;
 
-    each times ``scale``. Shapes are those of :func:`attnfast.attention`; `dropout_seed` (int64 ``[2]``: seed, offset)
-    fixes the dropout mask and is drawn from torch's generator when it is not given. Arguments are not validated.
+    each times ``scale``. The `normalizer` that takes the place of the softmax gives, over the visible keys (the sink
+    among them, as a key whose value is zero), with 0 for all others:
+
+    - ``"sparsemax"``: :math:`\max(s_k - \tau, 0)` with sum 1 (Martins and Astudillo 2016);
+    - ``"entmax15"``: :math:`\max(s_k / 2 - \tau, 0)^2` with sum 1 (Peters, Niculae and Martins 2019);
+    - ``"sigmoid"``: :math:`1 / (1 + e^{-s_k})`; ``"none"``: :math:`s_k`;
+    - ``"hard"``: 1 for the largest score, the first of equal ones; ``"hard_sample"``: 1 for the key with the largest
+      :math:`s_k + g_k`, where g is the Gumbel noise of :func:`attnfast._reference_core.gumbel_noise`, so that k is
+      drawn with its softmax probability. The scores get a gradient of zero from either; ``hard_sample`` gives
+      `log_prob`, which has one, whenever lse or weights are asked for.
+
+    lse is the log-sum-exp of the scores whatever the normaliser. `prior` multiplies the normalised weights, which are
+    not normalised again: a tensor broadcastable to ``[..., H, T_q, T_k]``, or ``("gaussian", center [..., H, T_q],
+    sigma)`` for :math:`\exp(-(k - center_q)^2 / (2\,sigma^2))` (Luong et al. 2015, eq. 10). Dropout comes after it.
+
+    Shapes are those of :func:`attnfast.attention`; `dropout_seed` (int64 ``[2]``: seed, offset) fixes the dropout mask
+    and the sample and is drawn from torch's generator when it is not given. Arguments are not validated.
     """
-    _require_softmax(normalizer, prior)
+    dtype = query.dtype
+    if score == "cosine":
+        query, key = unit_vectors(query), unit_vectors(key)
+    return _attention(
+        l2_scores if score == "l2" else dot_scores, query, key, value, mask, bias, query_lengths, key_lengths,
+        alibi_slopes, sink, dropout_seed, return_lse, return_weights, scale=_scale(score, scale, query.shape[-1]),
+        softcap=softcap, dropout_p=dropout_p, causal=causal, window=window, dtype=dtype,
+        normalizer=normalizer, prior=prior,
+    )  # fmt: skip
+
+
+def _attention(
+    score: ScoreFunction, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None,
+    query_lengths: Tensor | None, key_lengths: Tensor | None, alibi_slopes: Tensor | None, sink: Tensor | None,
+    dropout_seed: Tensor | None, return_lse: bool, return_weights: bool | str, *, scale: float, softcap: float,
+    dropout_p: float, causal: str | None, window: tuple[int, int] | None, dtype: torch.dtype, normalizer: str,
+    prior: Any,
+) -> Tensor | AttentionOutput | SampledAttentionOutput:  # fmt: skip
+    """From ``[..., H, T, X]`` to the 4-D core and back."""
     plain = query.dim() == 2
     if plain:
         query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
     batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
     q, k, v = (cast(Tensor, _fold(x, batch, True)) for x in (query, key, value))
-    if score == "cosine":
-        q, k = unit_vectors(q), unit_vectors(k)
     boolean = mask is not None and mask.dtype == torch.bool
     lengths = [None if x is None else x.long().expand(batch).reshape(-1) for x in (query_lengths, key_lengths)]
-    if dropout_p > 0 and dropout_seed is None:
+    if dropout_seed is None and (dropout_p > 0 or normalizer == "hard_sample"):
         dropout_seed = draw_seed()
     left, right = (-1, -1) if window is None else window
     options = DotAttentionOptions(
         _fold(mask, batch, False) if boolean else None, lengths[0], lengths[1], None, None,
-        _fold_slopes(alibi_slopes, batch), dropout_seed,
-        _scale(score, scale, query.shape[-1]), softcap, dropout_p, CAUSAL_CODES[causal], left, right,
+        _fold_slopes(alibi_slopes, batch), dropout_seed, scale, softcap, dropout_p, CAUSAL_CODES[causal], left, right,
         WEIGHTS_MODES[return_weights],
     )  # fmt: skip
     bias2 = None if boolean else _fold(mask, batch, False)
-    out, lse, weights = attend(score, q, k, v, _fold(bias, batch, False), bias2, sink, options, return_lse)
+    results = attend(
+        score, q, k, v, _fold(bias, batch, False), bias2, sink, options, return_lse, None, normalizer,
+        _fold_prior(prior, batch),
+    )  # fmt: skip
     leading = batch if plain else (*batch, q.shape[1])
 
-    def unfold(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.reshape(*leading, *x.shape[2:])
+    shaped = [None if x is None else x.reshape(*leading, *x.shape[2:]) for x in results]
+    return _pack(shaped, dtype, options.weights_mode, return_lse)
 
-    out = cast(Tensor, unfold(out)).to(query.dtype)
-    if not return_lse and not options.weights_mode:
-        return out
-    if weights is not None and options.weights_mode == 1:
-        weights = weights.to(query.dtype)
-    return AttentionOutput(out, unfold(lse), unfold(weights))
+
+def _insert_head(x: Tensor | None, rank: int) -> Tensor | None:
+    """A head axis in front of the last ``rank - 1`` dimensions, where there is anything in front of them."""
+    return x if x is None or x.dim() < rank else x.unsqueeze(-rank)
+
+
+def additive_attention(
+    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, *, score_bias: Tensor | None = None,
+    normalizer: str = "softmax", mask: Tensor | None = None, bias: Tensor | None = None, causal: str | None = None,
+    window: tuple[int, int] | None = None, query_lengths: Tensor | None = None, key_lengths: Tensor | None = None,
+    alibi_slopes: Tensor | None = None, sink: Tensor | None = None, softcap: float = 0.0, dropout_p: float = 0.0,
+    prior: Any = None, return_lse: bool = False, return_weights: bool | str = False,
+    dropout_seed: Tensor | None = None,
+) -> Tensor | AttentionOutput | SampledAttentionOutput:  # fmt: skip
+    r"""Specification of :func:`attnfast.additive_attention`: :func:`attention` with the additive score
+
+    .. math:: s_{qk} = \sum_d weight_d \tanh(query_{qd} + key_{kd} + score\_bias_d)
+
+    of Bahdanau et al. 2015 (section A.1.2), for queries and keys that are projected already.
+
+    A `weight` ``[D]`` means that there is no head axis: operands are ``[..., T_q, D]``, ``[..., T_k, D]``,
+    ``[..., T_k, D_v]``, every leading dimension is a batch dimension, and results, masks and biases have no head axis
+    either (``sink`` and ``alibi_slopes`` have H = 1). A `weight` ``[H, D]`` goes with ``[..., H, T_q, D]``,
+    ``[..., H_kv, T_k, D]`` and ``[..., H_kv, T_k, D_v]`` as in :func:`attention`. ``score_bias`` is ``[D]`` or, with a
+    head axis, ``[H, D]``. Arguments are not validated.
+    """
+    real, headless = real_dtype(query.dtype), weight.dim() == 1
+    if headless:
+        query, key, value = query.unsqueeze(-3), key.unsqueeze(-3), value.unsqueeze(-3)
+        mask, bias = _insert_head(mask, 3), _insert_head(bias, 3)
+        if isinstance(prior, tuple):
+            prior = (prior[0], _insert_head(prior[1], 2), prior[2])
+        else:
+            prior = _insert_head(prior, 3)
+    parameters = [None if x is None else torch.atleast_2d(x.to(real)) for x in (weight, score_bias)]
+    score = additive_scores(cast(Tensor, parameters[0]), parameters[1])
+    result = _attention(
+        score, query, key, value, mask, bias, query_lengths, key_lengths, alibi_slopes, sink, dropout_seed, return_lse,
+        return_weights, scale=1.0, softcap=softcap, dropout_p=dropout_p, causal=causal, window=window,
+        dtype=query.dtype, normalizer=normalizer, prior=prior,
+    )  # fmt: skip
+    if not headless:
+        return result
+    if isinstance(result, Tensor):
+        return result.squeeze(-3)
+    at = [-3, -2, -3 if WEIGHTS_MODES[return_weights] == 1 else -2, -2]  # where output, lse, weights, log_prob have H
+    parts: list[Any] = [None if x is None else x.squeeze(dim) for x, dim in zip(result, at, strict=False)]
+    return type(result)(*parts)
 
 
 def scaled_dot_product_attention(
@@ -196,17 +345,16 @@ def varlen_attention(
     alibi_slopes: Tensor | None = None, sink: Tensor | None = None, softcap: float = 0.0, scale: float | None = None,
     dropout_p: float = 0.0, prior: Any = None, return_lse: bool = False, return_weights: bool | str = False,
     dropout_seed: Tensor | None = None,
-) -> Tensor | AttentionOutput:  # fmt: skip
+) -> Tensor | AttentionOutput | SampledAttentionOutput:  # fmt: skip
     """Specification of :func:`attnfast.varlen_attention`: sequences packed along the token axis attend within
     themselves. Formed as one block-diagonal problem over all tokens, ``O(total_q total_k)`` memory.
     """
     del max_seqlen_q, max_seqlen_k
-    _require_softmax(normalizer, prior)
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
     if score == "cosine":
         q, k = unit_vectors(q), unit_vectors(k)
     boolean = mask is not None and mask.dtype == torch.bool
-    if dropout_p > 0 and dropout_seed is None:
+    if dropout_seed is None and (dropout_p > 0 or normalizer == "hard_sample"):
         dropout_seed = draw_seed()
     left, right = (-1, -1) if window is None else window
     options = DotAttentionOptions(
@@ -216,10 +364,10 @@ def varlen_attention(
         WEIGHTS_MODES[return_weights],
     )  # fmt: skip
     bias2 = None if boolean else _fold(mask, (), False)
-    out, lse, weights = attend(score, q, k, v, _fold(bias, (), False), bias2, sink, options, return_lse)
-    out = out[0].transpose(0, 1).to(query.dtype)
-    if not return_lse and not options.weights_mode:
-        return out
-    if weights is not None and options.weights_mode == 1:
-        weights = weights.to(query.dtype)
-    return AttentionOutput(out, None if lse is None else lse[0], None if weights is None else weights[0])
+    formula = l2_scores if score == "l2" else dot_scores
+    results = attend(
+        formula, q, k, v, _fold(bias, (), False), bias2, sink, options, return_lse, None, normalizer,
+        _fold_prior(prior, ()),
+    )  # fmt: skip
+    out, *extras = (None if x is None else x[0] for x in results)
+    return _pack([cast(Tensor, out).transpose(0, 1), *extras], query.dtype, options.weights_mode, return_lse)

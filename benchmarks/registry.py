@@ -20,6 +20,7 @@ FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
 PASSES = (FORWARD, BACKWARD, BOTH)
 OURS = "attnfast"
 TORCH = "sdpa"  # the peer that every headline ratio is taken against
+EAGER = "eager"  # the same where torch has no function of its own
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ SUITES = {
     suite.name: suite
     for suite in (
         Suite("dot", "Dot-product attention"),
+        Suite("additive", "Additive attention", yardsticks=False),
         Suite("threads", "How work is shared by threads"),
         Suite("masks", "What a mask costs", compared=False, memory=False, yardsticks=False),
         Suite("accuracy", "Error against float64", default=False, memory=False, yardsticks=False),
@@ -177,4 +179,13 @@ def find_peer(suite: str, name: str) -> Peer:
 
 def _load() -> None:
     """Importing the modules registers what is in them."""
-    from . import cases_accuracy, cases_dot, cases_masks, cases_overhead, cases_sweep, cases_threads, peers  # noqa: F401
+    from . import (  # noqa: F401
+        cases_accuracy,
+        cases_additive,
+        cases_dot,
+        cases_masks,
+        cases_overhead,
+        cases_sweep,
+        cases_threads,
+        peers,
+    )

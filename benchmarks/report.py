@@ -15,13 +15,13 @@ from rich.table import Table
 from rich.text import Text
 
 from .masks import print_masks
-from .registry import BACKWARD, BOTH, FORWARD, OURS, SUITES, TORCH
+from .registry import BACKWARD, BOTH, EAGER, FORWARD, OURS, SUITES, TORCH
 from .results import OK, Row
 from .sweep import print_sweep
 
 README_BEGIN = "<!-- bench:begin -->"
 README_END = "<!-- bench:end -->"
-_PEER_ORDER = (OURS, "attnfast._C", TORCH, "sdpa math", "sdpa loop", "compile", "flex")
+_PEER_ORDER = (OURS, "attnfast._C", TORCH, "sdpa math", "sdpa loop", EAGER, "compile", "flex")
 
 
 def make_console(width: int | None = None) -> Console:
@@ -105,7 +105,7 @@ def _suite_table(suite: str, rows: list[Row]) -> Table:
                 cells.append(ratio_text(other.ratio))
             else:
                 cells.append(Text("-" if other.status == OK else other.status, style="dim"))
-        sdpa = group.get(TORCH)
+        sdpa = group.get(TORCH) or group.get(EAGER)
         if limited:
             cells.append(_of_limit(ours))
         if scaled:
@@ -268,7 +268,7 @@ def markdown_table(rows: list[Row]) -> str:
                     dtype = group[OURS].dtype
             lines.append(f"| {case} | {dtype} | {count} | {' | '.join(cells)} | {memory} |")
     lines.append("")
-    rest = [row for row in rows if row.suite != "dot" and row.peer == TORCH and is_comparison(row)]
+    rest = [row for row in rows if row.suite != "dot" and row.peer in (TORCH, EAGER) and is_comparison(row)]
     if rest:
         lines.append("| case | threads | attnfast | torch | ratio |")
         lines.append("|---|---|---|---|---|")

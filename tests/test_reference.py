@@ -595,11 +595,3 @@ def test_blocks_of_rows_are_rows_of_the_whole() -> None:
         )  # fmt: skip
         for part, full in zip(block, whole, strict=True):
             torch.testing.assert_close(part, full[:, :, rows])
-
-
-def test_names_without_a_formula_are_refused() -> None:
-    tensors = operands()
-    with pytest.raises(NotImplementedError, match="normalizer"):
-        reference.attention(*tensors, normalizer="sparsemax")
-    with pytest.raises(NotImplementedError, match="prior"):
-        reference.attention(*tensors, prior=torch.ones(1))

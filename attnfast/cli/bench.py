@@ -35,8 +35,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--suite",
         action="append",
         metavar="NAME",
-        help="dot, threads, masks, overhead, model, accuracy (minutes) or sweep (T by D, ten minutes); repeatable "
-        "(default: all but the last two)",
+        help="dot, additive, threads, masks, overhead, model, accuracy (minutes) or sweep (T by D, ten minutes); "
+        "repeatable (default: all but the last two)",
     )
     parser.add_argument("--case", default="", metavar="TEXT", help="only cases whose name contains TEXT")
     parser.add_argument("--quick", action="store_true", help="fewer cases and rounds: less than two minutes")

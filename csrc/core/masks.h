@@ -37,6 +37,21 @@ ATTNFAST_HD Sequence sequence_of(const AttentionParams& p, int64_t b) {
   return s;
 }
 
+// The longest sequence of a call.
+struct Longest {
+  int64_t queries, keys;
+};
+ATTNFAST_HD Longest longest_sequence(const AttentionParams& p) {
+  if (!p.cu_seqlens_q) return {p.query_tokens, p.key_tokens};
+  Longest longest{0, 0};
+  for (int64_t b = 0; b < p.batch; b++) {
+    Sequence s = sequence_of(p, b);
+    longest.queries = s.query_rows > longest.queries ? s.query_rows : longest.queries;
+    longest.keys = s.keys > longest.keys ? s.keys : longest.keys;
+  }
+  return longest;
+}
+
 // Row index of the counter-based random numbers and of every contiguous [B, H, T_q] tensor.
 ATTNFAST_HD int64_t row_index(const AttentionParams& p, const Sequence& s, int64_t h, int64_t q) {
   return (s.tensor_batch * p.heads + h) * p.query_tokens + s.query_begin + q;

@@ -12,6 +12,8 @@ namespace attnfast {
   void dot_attention_fwd(const DotAttentionParams&);                    \
   void dot_attention_bwd(const DotAttentionParams&);                    \
   const char* dot_attention_decode_obstacle(const DotAttentionParams&); \
+  void additive_attention_fwd(const AdditiveAttentionParams&);          \
+  void additive_attention_bwd(const AdditiveAttentionParams&);          \
   double yardstick_fma(int64_t steps);                                  \
   uint64_t yardstick_read(const void* data, int64_t bytes);             \
   }
@@ -31,6 +33,8 @@ namespace {
    isa::dot_attention_fwd,             \
    isa::dot_attention_bwd,             \
    isa::dot_attention_decode_obstacle, \
+   isa::additive_attention_fwd,        \
+   isa::additive_attention_bwd,        \
    isa::yardstick_fma,                 \
    isa::yardstick_read}
 

@@ -15,6 +15,8 @@ struct KernelTable {
   void (*dot_attention_fwd)(const DotAttentionParams&);
   void (*dot_attention_bwd)(const DotAttentionParams&);
   const char* (*dot_attention_decode_obstacle)(const DotAttentionParams&);
+  void (*additive_attention_fwd)(const AdditiveAttentionParams&);
+  void (*additive_attention_bwd)(const AdditiveAttentionParams&);
   double (*yardstick_fma)(int64_t steps);
   uint64_t (*yardstick_read)(const void* data, int64_t bytes);
 };
