@@ -124,6 +124,85 @@ def dot_attention_bwd(
     - ``threads``: ``torch.get_num_threads()``; chooses the schedule, never the result.
     """
 
+def additive_attention_fwd(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    score_bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor | None,
+    weights: Tensor | None,
+    weights_index: Tensor | None,
+    weights_mode: int,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    bias2: Tensor | None,
+    query_lengths: Tensor | None,
+    key_lengths: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sink: Tensor | None,
+    seed: Tensor | None,
+    softcap: float,
+    dropout_p: float,
+    causal: int,
+    window_left: int,
+    window_right: int,
+    /,
+) -> None:
+    """Write softmax attention of the additive score to ``out``, and ``lse``, ``weights``, ``weights_index`` if given.
+
+    The score is sum_d weight_d tanh(query_d + key_d + score_bias_d); ``weight`` and ``score_bias`` are Real,
+    contiguous, ``[H, D]`` or ``[1, D]``. The rest is as for ``dot_attention_fwd``.
+    """
+
+def additive_attention_bwd(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    score_bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    grad_weights: Tensor | None,
+    weights_index: Tensor | None,
+    weights_mode: int,
+    delta_shift: Tensor | None,
+    grad_query: Tensor | None,
+    grad_key: Tensor | None,
+    grad_value: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_score_bias: Tensor | None,
+    grad_bias: Tensor | None,
+    grad_bias2: Tensor | None,
+    grad_sink: Tensor | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    bias2: Tensor | None,
+    query_lengths: Tensor | None,
+    key_lengths: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sink: Tensor | None,
+    seed: Tensor | None,
+    softcap: float,
+    dropout_p: float,
+    causal: int,
+    window_left: int,
+    window_right: int,
+    threads: int,
+    /,
+) -> None:
+    """Write the gradients that are not None; the modifiers are those of the forward call.
+
+    ``grad_weight`` and ``grad_score_bias`` are Real, contiguous, of their inputs' shapes, written in full. The rest is
+    as for ``dot_attention_bwd``, but ``out`` and ``lse`` are always needed.
+    """
+
 def whole_row_keys() -> int:
     """Up to so many keys ``dot_attention_bwd`` can do without ``out`` and ``lse``."""
 

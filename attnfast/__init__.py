@@ -12,6 +12,7 @@ from attnfast.explain import explain
 from attnfast.functional import (
     AttentionOutput,
     SampledAttentionOutput,
+    additive_attention,
     attention,
     scaled_dot_product_attention,
     varlen_attention,
@@ -26,6 +27,7 @@ __all__ = [
     "AttentionOutput",
     "SampledAttentionOutput",
     "__version__",
+    "additive_attention",
     "attention",
     "available_isas",
     "explain",

@@ -37,7 +37,7 @@ def has_tangent(values: Sequence[Any]) -> bool:
     return any(forward_ad.unpack_dual(x).tangent is not None for x in floats)
 
 
-def _require_no_slope_gradient(options: Sequence[Any]) -> None:
+def require_no_slope_gradient(options: Sequence[Any]) -> None:
     slopes = options[_SLOPES]
     if slopes is not None and slopes.requires_grad:
         raise ValueError("alibi_slopes: has no gradient, got a tensor with requires_grad=True; use .detach() or a bias")
@@ -55,7 +55,7 @@ class OperatorForward(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         tensors, options = inputs[:N_FWD_TENSORS], inputs[N_FWD_TENSORS:]
-        _require_no_slope_gradient(options)
+        require_no_slope_gradient(options)
         ctx.save_for_backward(*tensors, *options[:N_OPTION_TENSORS], *output)
         ctx.scalars = options[N_OPTION_TENSORS:]
         ctx.mark_non_differentiable(output[3])
@@ -98,7 +98,7 @@ class OperatorBackward(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         options = inputs[N_BWD_TENSORS:]
-        _require_no_slope_gradient(options)
+        require_no_slope_gradient(options)
         # Neither out, lse nor weights: they follow from the inputs, and are differentiated there.
         ctx.save_for_backward(*inputs[:6], *inputs[10:13], *options[:N_OPTION_TENSORS])
         ctx.needs = inputs[N_BWD_TENSORS - 1]
@@ -115,7 +115,7 @@ class OperatorBackward(Function):
         return (*found[:6], None, None, None, None, *found[6:], *((None,) * (1 + _N_OPTIONS)))
 
 
-def _autograd_kernel(name: str, operator: Callable[..., Any], function: type[Function]) -> Callable[..., Any]:
+def autograd_kernel(name: str, operator: Callable[..., Any], function: type[Function]) -> Callable[..., Any]:
     def kernel(*args: Any) -> Any:
         if has_tangent(args):
             raise NotImplementedError(
@@ -136,5 +136,5 @@ def _autograd_kernel(name: str, operator: Callable[..., Any], function: type[Fun
 
 def register(library: torch.library.Library) -> None:
     """Register the Autograd kernels of both operators."""
-    library.impl("dot_attention_fwd", _autograd_kernel("dot_attention_fwd", FORWARD, OperatorForward), "Autograd")
-    library.impl("dot_attention_bwd", _autograd_kernel("dot_attention_bwd", BACKWARD, OperatorBackward), "Autograd")
+    library.impl("dot_attention_fwd", autograd_kernel("dot_attention_fwd", FORWARD, OperatorForward), "Autograd")
+    library.impl("dot_attention_bwd", autograd_kernel("dot_attention_bwd", BACKWARD, OperatorBackward), "Autograd")

@@ -1,14 +1,16 @@
-"""Second and higher derivatives of the dot core.
+"""Second and higher derivatives of the cores.
 
 The kernels give the first derivative. Its own derivative is rarely on a hot path (gradient penalties, Hessian-vector
-products), so it is taken from the specification: ``reference.dot_attention`` is differentiated twice in blocks of query
-rows. Query rows meet each other only in sums (the gradients of key, value, sink and broadcast biases), hence the blocks
-are independent and the extra memory is ``O(B H block T_k)``, not ``O(B H T_q T_k)``.
+products), so it is taken from the specification: ``reference.dot_attention`` (``reference.additive_core``) is
+differentiated twice in blocks of query rows. Query rows meet each other only in sums (the gradients of key, value,
+sink, broadcast biases and score parameters), hence the blocks are independent and the extra memory is
+``O(B H block T_k)``, for the additive core times D, and not the same with T_q for the block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ from attnfast import ops, reference
 
 # Elements of one [B, H, block, T_k] intermediate; about twenty of them live at a time.
 _BLOCK_ELEMENTS = 2**19
-_QUERY, _BIAS, _BIAS2 = 3, 6, 7  # slots: gradients of out, lse, weights; query, key, value, bias, bias2, sink
+_QUERY = 3  # slots: gradients of out, lse, weights; then the inputs, of which bias, bias2 and sink are the last three
 
 
 def second_order(
@@ -26,45 +28,51 @@ def second_order(
     inputs: Sequence[Tensor | None],
     options: ops.DotAttentionOptions,
     wanted: Sequence[bool],
+    core: Callable[..., Any] = reference.dot_attention,
 ) -> list[Tensor | None]:
     """Differentiate the backward pass.
 
     Parameters
     ----------
     grad_grads : sequence
-        Gradients of what the backward returned: those of (query, key, value, bias, bias2, sink); None = zero.
+        Gradients of what the backward returned: those of the inputs; None = zero.
     first_grads : sequence
         What the backward was given: gradients of out, base-2 lse and weights; None = zero.
     inputs : sequence
-        query, key, value, bias, bias2, sink.
+        query, key, value, (weight, score_bias,) bias, bias2, sink.
     options : DotAttentionOptions
         The call's options.
     wanted : sequence of bool
-        Which of the nine (first_grads, then inputs) need a gradient.
+        Which of first_grads, then inputs, need a gradient.
+    core : callable
+        The core's specification: ``core(*inputs, options, return_lse, rows=)``.
 
     Returns
     -------
     list
-        The nine gradients, None where not wanted or zero. In grad mode they are differentiable themselves.
+        Their gradients, None where not wanted or zero. In grad mode they are differentiable themselves.
     """
     query, key = inputs[0], inputs[1]
     assert query is not None and key is not None
-    results: list[Tensor | None] = [None] * 9
+    results: list[Tensor | None] = [None] * (3 + len(inputs))
     if all(g is None for g in grad_grads) or all(g is None for g in first_grads) or not any(wanted):
         return results
     rows = query.shape[2]
     width = query.shape[0] * query.shape[1] * key.shape[2]
+    if core is not reference.dot_attention:
+        width *= query.shape[3]  # it forms every term of every score
     block = max(1, min(rows, _BLOCK_ELEMENTS // max(width, 1)))
     tensors = [*first_grads, *inputs]
     if not torch.is_grad_enabled():  # nothing of a block may stay alive in a graph
         tensors = [None if tensor is None else tensor.detach() for tensor in tensors]
-    has_rows = [_has_rows(slot, tensor, rows, options) for slot, tensor in enumerate(tensors)]
+    biases = (len(tensors) - 3, len(tensors) - 2)
+    has_rows = [_has_rows(slot, tensor, rows, options, biases) for slot, tensor in enumerate(tensors)]
     pieces: list[list[Tensor]] = [[] for _ in tensors]
     # torch.func and not torch.autograd.grad, because this may itself run inside of a vmap.
     with torch.autocast(query.device.type, enabled=False):
         for first in range(0, rows, block):
             place = (first, min(block, rows - first), rows)
-            for slot, piece in _block(grad_grads, tensors, has_rows, options, wanted, place).items():
+            for slot, piece in _block(grad_grads, tensors, has_rows, options, wanted, place, core).items():
                 if pieces[slot] and not has_rows[slot]:
                     pieces[slot][0] = pieces[slot][0] + piece
                 else:
@@ -75,7 +83,9 @@ def second_order(
     return results
 
 
-def _has_rows(slot: int, tensor: Tensor | None, rows: int, options: ops.DotAttentionOptions) -> bool:
+def _has_rows(
+    slot: int, tensor: Tensor | None, rows: int, options: ops.DotAttentionOptions, biases: Sequence[int]
+) -> bool:
     """Whether dimension 2 of this operand runs over the query rows."""
     if tensor is None:
         return False
@@ -83,7 +93,7 @@ def _has_rows(slot: int, tensor: Tensor | None, rows: int, options: ops.DotAtten
         return True  # gradients of out and lse
     if slot == 2:
         return options.weights_mode != ops.WEIGHTS_COLUMN_SUM
-    if slot in (_BIAS, _BIAS2):
+    if slot in biases:
         return tensor.shape[2] == rows and rows != 1
     return slot == _QUERY
 
@@ -95,6 +105,7 @@ def _block(
     options: ops.DotAttentionOptions,
     wanted: Sequence[bool],
     place: tuple[int, int, int],
+    core: Callable[..., Any],
 ) -> dict[int, Tensor]:
     """The wanted gradients of one block of query rows, by slot."""
     first, size, rows = place
@@ -111,13 +122,8 @@ def _block(
         given = {**parts, **dict(zip(sources, values, strict=True))}
 
         def forward(*values: Tensor) -> tuple[Tensor, ...]:
-            query, key, value, bias, bias2, sink = (
-                {**given, **dict(zip(targets, values, strict=True))}.get(at) for at in range(3, 9)
-            )
-            assert query is not None and key is not None and value is not None
-            out, lse, weights = reference.dot_attention(
-                query, key, value, bias, bias2, sink, options, 1 in given, rows=(first, rows)
-            )
+            operands = [{**given, **dict(zip(targets, values, strict=True))}.get(at) for at in range(3, len(tensors))]
+            out, lse, weights = core(*operands, options, 1 in given, rows=(first, rows))
             results = (out, None if lse is None else lse / ops.LN2, weights)
             return tuple(result for at, result in enumerate(results) if at in given and result is not None)
 

@@ -16,19 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnfast import ops
-
 # How an argument takes part in the fold.
-_BATCH = "batch"  # dimension 0 is B
-_BROADCAST = "broadcast"  # dimension 0 is B or 1
-_GLOBAL = "global"  # has no batch dimension
-_SEQUENTIAL = "sequential"  # its presence asks for one sample after another
-_PLAIN = "plain"  # not a tensor
+BATCH = "batch"  # dimension 0 is B
+BROADCAST = "broadcast"  # dimension 0 is B or 1
+GLOBAL = "global"  # has no batch dimension
+SEQUENTIAL = "sequential"  # its presence asks for one sample after another
+PLAIN = "plain"  # not a tensor
 
-_INPUT_ROLES = (_BATCH, _BATCH, _BATCH, _BROADCAST, _BROADCAST, _GLOBAL)  # query ... sink
-_OPTION_ROLES = (_BROADCAST, _BATCH, _BATCH, _SEQUENTIAL, _SEQUENTIAL, _BROADCAST, _SEQUENTIAL) + (_PLAIN,) * 7
-_FWD_ROLES = _INPUT_ROLES + _OPTION_ROLES
-_BWD_ROLES = (_BATCH,) * 10 + _INPUT_ROLES[3:] + (_PLAIN,) + _OPTION_ROLES
+INPUT_ROLES = (BATCH, BATCH, BATCH, BROADCAST, BROADCAST, GLOBAL)  # query ... sink
+OPTION_ROLES = (BROADCAST, BATCH, BATCH, SEQUENTIAL, SEQUENTIAL, BROADCAST, SEQUENTIAL) + (PLAIN,) * 7
+_FWD_ROLES = INPUT_ROLES + OPTION_ROLES
+_BWD_ROLES = (BATCH,) * 10 + INPUT_ROLES[3:] + (PLAIN,) + OPTION_ROLES
 _BWD_INPUTS = (3, 4, 5, 10, 11, 12)  # where query ... sink sit among the backward's arguments
 
 
@@ -42,11 +40,11 @@ def _is_nothing(tensor: Tensor) -> bool:
 
 def _stack(tensor: Tensor, mapped: bool, role: str, own_grad: bool, size: int, batch: int) -> Tensor:
     """Bring one operand to ``[X, B, ...]`` without copying, or leave it alone where all samples can share it."""
-    if role == _SEQUENTIAL or (role == _GLOBAL and (mapped or own_grad)):
+    if role == SEQUENTIAL or (role == GLOBAL and (mapped or own_grad)):
         raise _CannotFold
-    if role == _GLOBAL or (role == _BATCH and not mapped and _is_nothing(tensor)):
+    if role == GLOBAL or (role == BATCH and not mapped and _is_nothing(tensor)):
         return tensor
-    if role == _BROADCAST and not mapped and not own_grad and tensor.size(0) == 1:
+    if role == BROADCAST and not mapped and not own_grad and tensor.size(0) == 1:
         return tensor
     stacked = tensor if mapped else tensor.expand(size, *tensor.shape)
     if stacked.size(1) != batch:
@@ -67,9 +65,9 @@ def _fold(args: list[Any], mapped: list[bool], roles: Sequence[str], inputs: Seq
     to_merge = []
     for at, role in enumerate(roles):
         tensor = args[at]
-        if role == _PLAIN or tensor is None:
+        if role == PLAIN or tensor is None:
             continue
-        own_grad = at in wanted and role != _BATCH
+        own_grad = at in wanted and role != BATCH
         stacked = folded[at] = _stack(tensor, mapped[at], role, own_grad, size, batch)
         present += tensor.numel() * mapped[at]
         if at in wanted:  # its gradient
@@ -118,22 +116,34 @@ def _one_by_one(operator: Callable[..., Any], operands: list[Any], mapped: list[
     return outputs, tuple(None if _is_nothing(column[0]) else 0 for column in columns)
 
 
-def _fwd_rule(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
-    query, value = args[0], args[2]
-    query_shape = [n for at, n in enumerate(query.shape) if at != in_dims[0]]
-    value_shape = [n for at, n in enumerate(value.shape) if at != in_dims[2]]
-    result_numel = query_shape[0] * query_shape[1] * query_shape[2] * value_shape[3]
-    operator = torch.ops.attnfast.dot_attention_fwd.default
-    return _rule(operator, _FWD_ROLES, range(6), info, in_dims, args, result_numel, (False,) * 6)
+def forward_rule(operator: Callable[..., Any], roles: Sequence[str], inputs: int) -> Callable[..., tuple[Any, Any]]:
+    """The rule of a forward operator whose first `inputs` arguments are query, key, value and what else it has."""
+
+    def rule(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+        query, value = args[0], args[2]
+        query_shape = [n for at, n in enumerate(query.shape) if at != in_dims[0]]
+        value_shape = [n for at, n in enumerate(value.shape) if at != in_dims[2]]
+        result_numel = query_shape[0] * query_shape[1] * query_shape[2] * value_shape[3]
+        return _rule(operator, roles, range(inputs), info, in_dims, args, result_numel, (False,) * inputs)
+
+    return rule
 
 
-def _bwd_rule(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
-    needs = args[ops.N_BWD_TENSORS - 1]
-    operator = torch.ops.attnfast.dot_attention_bwd.default
-    return _rule(operator, _BWD_ROLES, _BWD_INPUTS, info, in_dims, args, 0, needs)
+def backward_rule(
+    operator: Callable[..., Any], roles: Sequence[str], inputs: Sequence[int]
+) -> Callable[..., tuple[Any, Any]]:
+    """The rule of a backward operator: `inputs`: where the forward's inputs are; ``needs`` is the first plain one."""
+    needs = roles.index(PLAIN)
+
+    def rule(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+        return _rule(operator, roles, inputs, info, in_dims, args, 0, args[needs])
+
+    return rule
 
 
 def register(library: torch.library.Library) -> None:
-    """Register the batching rules of every operator."""
-    torch.library.register_vmap("attnfast::dot_attention_fwd", _fwd_rule, lib=library)
-    torch.library.register_vmap("attnfast::dot_attention_bwd", _bwd_rule, lib=library)
+    """Register the batching rules of the dot operators."""
+    forward, backward = torch.ops.attnfast.dot_attention_fwd.default, torch.ops.attnfast.dot_attention_bwd.default
+    torch.library.register_vmap("attnfast::dot_attention_fwd", forward_rule(forward, _FWD_ROLES, 6), lib=library)
+    rule = backward_rule(backward, _BWD_ROLES, _BWD_INPUTS)
+    torch.library.register_vmap("attnfast::dot_attention_bwd", rule, lib=library)

@@ -101,21 +101,14 @@ def dot_attention(
         else:
             out, lse, weights, _ = _run_forward(query, key, value, bias, bias2, sink, options, return_lse)
     except TypeError:
-        if _all_have_storage(query, key, value, bias, bias2, sink, *options[:_N_OPTION_TENSORS]):
+        if all_have_storage(query, key, value, bias, bias2, sink, *options[:_N_OPTION_TENSORS]):
             raise
         return _unusual(query, key, value, bias, bias2, sink, options, return_lse)
     return out, (lse * ops.LN2 if return_lse else None), weights
 
 
-def plan(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None = None,
-    bias2: Tensor | None = None,
-    sink: Tensor | None = None,
-) -> str:
-    """Name the route that :func:`dot_attention` takes for these tensors under the current modes.
+def plan(*operands: Tensor | None) -> str:
+    """Name the route that a core takes for these tensors (those that may have a gradient) under the current modes.
 
     Returns
     -------
@@ -124,7 +117,7 @@ def plan(
     """
     if _is_compiling():
         return "reference" if _functorch_active() else "operator"  # dynamo cannot say which transforms are active
-    tensors = [t for t in (query, key, value, bias, bias2, sink) if t is not None]
+    tensors = [t for t in operands if t is not None]
     if _functorch_active():
         kinds = _functorch_kinds()
         return "reference" if "Jvp" in kinds or kinds.count("Grad") > 1 else "operator"
@@ -135,11 +128,20 @@ def plan(
     return "function" if _grad_enabled() and any(t.requires_grad for t in tensors) else "kernel"
 
 
-def _all_have_storage(*tensors: Any) -> bool:
+def all_have_storage(*tensors: Any) -> bool:
     """False if a tensor is a wrapper that no check above can see cheaply, such as what a vmap inside of the autograd
     engine (``is_grads_batched``) passes; the dispatcher knows how to unwrap it.
     """
     return all(tensor is None or torch._C._has_storage(tensor) for tensor in tensors)
+
+
+def intercepted() -> bool:
+    """Whether a backward is recorded, traced or intercepted, so that it must be an operator."""
+    return _grad_enabled() or _dispatch_modes() > 0 or _functorch_active() or _is_compiling()
+
+
+def functorch_differentiates() -> bool:
+    return _functorch_active() and "Grad" in _functorch_kinds()
 
 
 def _functorch_kinds() -> list[str]:
@@ -162,8 +164,7 @@ def _unusual(
     if plan(query, key, value, bias, bias2, sink) == "reference":
         return reference.dot_attention(query, key, value, bias, bias2, sink, options, return_lse)
     # Under vmap alone the operator keeps derivatives of any order; a functorch gradient needs the Function around it.
-    differentiated = _functorch_active() and "Grad" in _functorch_kinds()
-    operator = OperatorForward.apply if differentiated else FORWARD
+    operator = OperatorForward.apply if functorch_differentiates() else FORWARD
     out, lse, weights, _ = operator(query, key, value, bias, bias2, sink, *options)
     return out, (lse * ops.LN2 if return_lse else None), (weights if options.weights_mode else None)
 
@@ -205,11 +206,11 @@ class DotAttentionFunction(Function):
         options = DotAttentionOptions._make((*saved[10:], *ctx.scalars))
         arguments = (grad_out, grad_lse, grad_weights, *saved[:10])
         needs = ctx.needs_input_grad[:6]
-        if not (_grad_enabled() or _dispatch_modes() or _functorch_active() or _is_compiling()):
+        if not intercepted():
             try:
                 return (*_run_backward(*arguments, options, needs), None)
             except TypeError:
-                if _all_have_storage(grad_out, grad_lse, grad_weights):
+                if all_have_storage(grad_out, grad_lse, grad_weights):
                     raise
         return (*_unusual_backward(arguments, options, needs), None)
 

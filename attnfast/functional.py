@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from attnfast import _prepare, _validate, ops
+from attnfast._additive import additive_attention
 from attnfast._normalized import attend_normalized, is_normalized
 from attnfast._prepare import Call
 from attnfast.autograd import dot_attention, plain_attention, whole_row_attention
@@ -21,6 +22,7 @@ from attnfast.reference import AttentionOutput, SampledAttentionOutput
 __all__ = [
     "AttentionOutput",
     "SampledAttentionOutput",
+    "additive_attention",
     "attention",
     "scaled_dot_product_attention",
     "varlen_attention",

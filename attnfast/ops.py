@@ -14,7 +14,7 @@ Conventions shared by both operators: ``query [B, H, T_q, D]``, ``key [B, H_kv, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -68,38 +68,38 @@ _backward: Any = _C.dot_attention_bwd
 _num_threads = torch.get_num_threads
 
 
-def _real(dtype: torch.dtype) -> torch.dtype:
+def real_dtype(dtype: torch.dtype) -> torch.dtype:
     return _REAL.get(dtype, torch.float32)
 
 
-def _allocate_out(query: Tensor, value: Tensor) -> Tensor:
+def allocate_out(query: Tensor, value: Tensor) -> Tensor:
     batch, heads, rows, head_size = query.shape
     value_size = value.shape[3]
     return _empty_like(query) if value_size == head_size else query.new_empty(batch, heads, rows, value_size)
 
 
-def _allocate_lse(query: Tensor) -> Tensor:
+def allocate_lse(query: Tensor) -> Tensor:
     batch, heads, rows, _ = query.shape
-    return query.new_empty(batch, heads, rows, dtype=_real(query.dtype))
+    return query.new_empty(batch, heads, rows, dtype=real_dtype(query.dtype))
 
 
-def _allocate_weights(query: Tensor, key: Tensor, mode: int) -> tuple[Tensor | None, Tensor | None]:
+def allocate_weights(query: Tensor, key: Tensor, mode: int) -> tuple[Tensor | None, Tensor | None]:
     batch, heads, query_tokens = query.shape[:3]
     if mode == WEIGHTS_FULL:
         return query.new_empty(batch, heads, query_tokens, key.size(2)), None
     if mode == WEIGHTS_COLUMN_SUM:
-        return query.new_empty(batch, heads, key.size(2), dtype=_real(query.dtype)), None
+        return query.new_empty(batch, heads, key.size(2), dtype=real_dtype(query.dtype)), None
     if mode == WEIGHTS_ROW_MAX:
         rows = (batch, heads, query_tokens)
-        return query.new_empty(rows, dtype=_real(query.dtype)), query.new_empty(rows, dtype=torch.int64)
+        return query.new_empty(rows, dtype=real_dtype(query.dtype)), query.new_empty(rows, dtype=torch.int64)
     return None, None
 
 
-def _expand(tensor: Tensor | None, shape: Sequence[int]) -> Tensor | None:
+def expand(tensor: Tensor | None, shape: Sequence[int]) -> Tensor | None:
     return tensor if tensor is None or tensor.shape == shape else tensor.expand(shape)
 
 
-def _alibi_rows(query: Tensor, options: DotAttentionOptions) -> int:
+def alibi_rows(query: Tensor, options: DotAttentionOptions) -> int:
     cu_seqlens = options.cu_seqlens_q
     return query.size(0) if cu_seqlens is None else cu_seqlens.size(0) - 1
 
@@ -126,7 +126,7 @@ def dot_attention_fwd(
         mask, query_lengths, key_lengths, cu_q, cu_k, alibi, seed,
         scale, softcap, dropout_p, causal, window_left, window_right, mode,
     ) = options  # fmt: skip
-    # _allocate_out and _allocate_lse written out: two calls are a tenth of a small problem's time.
+    # allocate_out and allocate_lse written out: two calls are a tenth of a small problem's time.
     batch, heads, rows, head_size = query.shape
     value_size = value.shape[3]
     out = _empty_like(query) if value_size == head_size else query.new_empty(batch, heads, rows, value_size)
@@ -134,12 +134,12 @@ def dot_attention_fwd(
     if need_lse or mode:
         lse = query.new_empty(batch, heads, rows, dtype=_REAL.get(query.dtype, torch.float32))
     if mode:
-        weights, index = _allocate_weights(query, key, mode)
+        weights, index = allocate_weights(query, key, mode)
     if mask is not None or bias is not None:
         shape = (batch, heads, rows, key.shape[2])
-        mask, bias, bias2 = _expand(mask, shape), _expand(bias, shape), _expand(bias2, shape)
+        mask, bias, bias2 = expand(mask, shape), expand(bias, shape), expand(bias2, shape)
     if alibi is not None:
-        alibi = alibi.expand(_alibi_rows(query, options), heads)
+        alibi = alibi.expand(alibi_rows(query, options), heads)
     _C.dot_attention_fwd(
         query, key, value, out, lse, weights, index, mode, mask, bias, bias2, query_lengths, key_lengths, cu_q, cu_k,
         alibi, sink, seed, scale, softcap, dropout_p, causal, window_left, window_right,
@@ -214,7 +214,11 @@ def dot_attention_bwd(
     need_query, need_key, need_value, need_bias, need_bias2, need_sink = needs
     shift = None
     if grad_lse is not None or grad_weights is not None:
-        shift = _delta_shift(grad_lse, grad_weights, query, key, lse, weights, index, bias, bias2, sink, options)
+
+        def forward(query: Tensor, key: Tensor, value: Tensor, plain: DotAttentionOptions) -> Tensor:
+            return dot_attention_fwd(query, key, value, bias, bias2, sink, plain, True)[0]
+
+        shift = delta_shift(grad_lse, grad_weights, query, key, lse, weights, index, options, forward)
     if grad_weights is None:
         mode = WEIGHTS_NONE
     if mode != WEIGHTS_ROW_MAX:
@@ -229,7 +233,7 @@ def dot_attention_bwd(
     grad_bias = grad_bias2 = grad_sink = full_bias = full_bias2 = full_grad = full_grad2 = None
     if mask is not None or bias is not None:
         shape = (query.size(0), query.size(1), query.size(2), key.size(2))
-        mask, full_bias, full_bias2 = _expand(mask, shape), _expand(bias, shape), _expand(bias2, shape)
+        mask, full_bias, full_bias2 = expand(mask, shape), expand(bias, shape), expand(bias2, shape)
         if need_bias and bias is not None:
             grad_bias = torch.zeros(bias.shape, dtype=lse.dtype, device=bias.device)
             full_grad = grad_bias.expand(shape)
@@ -239,7 +243,7 @@ def dot_attention_bwd(
     if need_sink and sink is not None:
         grad_sink = torch.zeros_like(sink)
     if alibi is not None:
-        alibi = alibi.expand(_alibi_rows(query, options), query.size(1))
+        alibi = alibi.expand(alibi_rows(query, options), query.size(1))
     _C.dot_attention_bwd(
         grad_out, query, key, value, out, lse, None, grad_weights, index, mode, shift,
         grad_query, grad_key, grad_value, full_grad, full_grad2, grad_sink,
@@ -253,7 +257,11 @@ def dot_attention_bwd(
     return grad_query, grad_key, grad_value, grad_bias, grad_bias2, grad_sink
 
 
-def _delta_shift(
+# The forward of a core with its modifiers: (query, key, value, options) -> out.
+CoreForward = Callable[[Tensor, Tensor, Tensor, DotAttentionOptions], Tensor]
+
+
+def delta_shift(
     grad_lse: Tensor | None,
     grad_weights: Tensor | None,
     query: Tensor,
@@ -261,16 +269,14 @@ def _delta_shift(
     lse: Tensor,
     weights: Tensor | None,
     index: Tensor | None,
-    bias: Tensor | None,
-    bias2: Tensor | None,
-    sink: Tensor | None,
     options: DotAttentionOptions,
+    forward: CoreForward,
 ) -> Tensor:
     """What the gradients of lse and weights add to ``delta``: rowsum(weights * grad_weights) - grad_lse (natural)."""
     shift = None
     if grad_weights is not None:
         if options.weights_mode == WEIGHTS_COLUMN_SUM:
-            shift = _weighted_columns(grad_weights, query, key, bias, bias2, sink, options)
+            shift = _weighted_columns(grad_weights, query, key, options, forward)
         elif options.weights_mode == WEIGHTS_ROW_MAX:
             assert weights is not None and index is not None
             shift = torch.where(index >= 0, weights * grad_weights, 0.0)
@@ -287,13 +293,7 @@ def _delta_shift(
 
 
 def _weighted_columns(
-    columns: Tensor,
-    query: Tensor,
-    key: Tensor,
-    bias: Tensor | None,
-    bias2: Tensor | None,
-    sink: Tensor | None,
-    options: DotAttentionOptions,
+    columns: Tensor, query: Tensor, key: Tensor, options: DotAttentionOptions, forward: CoreForward
 ) -> Tensor:
     """weights @ columns for ``columns [B, H, T_k]``, as one more forward whose value is the columns.
 
@@ -304,17 +304,16 @@ def _weighted_columns(
     batch, heads, tokens = columns.shape
     kv_heads = key.size(1)
     group = heads // max(kv_heads, 1)
-    real = _real(query.dtype)
+    real = real_dtype(query.dtype)
     value = columns.to(real).reshape(batch, kv_heads, group, tokens).transpose(2, 3)
-    plain = options._replace(weights_mode=WEIGHTS_NONE)
-    result = dot_attention_fwd(query.to(real), key.to(real), value, bias, bias2, sink, plain, True)[0]
+    result = forward(query.to(real), key.to(real), value, options._replace(weights_mode=WEIGHTS_NONE))
     result = result.reshape(batch, kv_heads, group, query.size(2), group).diagonal(dim1=2, dim2=4)  # [B, H_kv, T_q, G]
     return result.transpose(2, 3).reshape(batch, heads, query.size(2))
 
 
 # --- torch.library ---------------------------------------------------------------------------------------------------
 
-_MODIFIERS = (
+MODIFIERS = (
     "Tensor? mask, Tensor? query_lengths, Tensor? key_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
     "Tensor? alibi_slopes, Tensor? seed, float scale, float softcap, float dropout_p, int causal, SymInt window_left, "
     "SymInt window_right, int weights_mode"
@@ -322,63 +321,63 @@ _MODIFIERS = (
 LIBRARY = torch.library.Library("attnfast", "DEF")
 LIBRARY.define(
     "dot_attention_fwd(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? bias2, Tensor? sink, "
-    f"{_MODIFIERS}) -> (Tensor out, Tensor lse, Tensor weights, Tensor weights_index)",
+    f"{MODIFIERS}) -> (Tensor out, Tensor lse, Tensor weights, Tensor weights_index)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 LIBRARY.define(
     "dot_attention_bwd(Tensor? grad_out, Tensor? grad_lse, Tensor? grad_weights, Tensor query, Tensor key, "
     "Tensor value, Tensor out, Tensor lse, Tensor weights, Tensor weights_index, Tensor? bias, Tensor? bias2, "
-    f"Tensor? sink, bool[6] needs, {_MODIFIERS}) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, "
+    f"Tensor? sink, bool[6] needs, {MODIFIERS}) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, "
     "Tensor grad_bias, Tensor grad_bias2, Tensor grad_sink)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
-def _nothing(like: Tensor, dtype: torch.dtype) -> Tensor:
+def nothing(like: Tensor, dtype: torch.dtype) -> Tensor:
     """An operator cannot return None: what was not asked for is an empty tensor."""
     return like.new_empty((0,), dtype=dtype)
 
 
 def fill_weights(query: Tensor, weights: Tensor | None, index: Tensor | None) -> tuple[Tensor, Tensor]:
     return (
-        _nothing(query, query.dtype) if weights is None else weights,
-        _nothing(query, torch.int64) if index is None else index,
+        nothing(query, query.dtype) if weights is None else weights,
+        nothing(query, torch.int64) if index is None else index,
     )
 
 
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
+def contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _options(args: Sequence[Any]) -> DotAttentionOptions:
+def op_options(args: Sequence[Any]) -> DotAttentionOptions:
     """The options of an operator call, vectors contiguous as the binary wants them (a batching rule slices them)."""
     mask, query_lengths, key_lengths, cu_q, cu_k, alibi, seed, *scalars = args
-    vectors = [_contiguous(x) for x in (query_lengths, key_lengths, cu_q, cu_k)]
-    return DotAttentionOptions._make((mask, *vectors, alibi, _contiguous(seed), *scalars))
+    vectors = [contiguous(x) for x in (query_lengths, key_lengths, cu_q, cu_k)]
+    return DotAttentionOptions._make((mask, *vectors, alibi, contiguous(seed), *scalars))
 
 
 def _fwd_op(*args):  # type: ignore[no-untyped-def]
     query, key, value, bias, bias2, sink = args[:N_FWD_TENSORS]
-    options = _options(args[N_FWD_TENSORS:])
-    out, lse, weights, index = dot_attention_fwd(query, key, value, bias, bias2, _contiguous(sink), options, True)
+    options = op_options(args[N_FWD_TENSORS:])
+    out, lse, weights, index = dot_attention_fwd(query, key, value, bias, bias2, contiguous(sink), options, True)
     return (out, lse, *fill_weights(query, weights, index))
 
 
 def _fwd_fake(*args):  # type: ignore[no-untyped-def]
     query, key, value = args[:3]
     options = DotAttentionOptions(*args[N_FWD_TENSORS:])
-    weights, index = _allocate_weights(query, key, options.weights_mode)
-    return (_allocate_out(query, value), _allocate_lse(query), *fill_weights(query, weights, index))
+    weights, index = allocate_weights(query, key, options.weights_mode)
+    return (allocate_out(query, value), allocate_lse(query), *fill_weights(query, weights, index))
 
 
 def _bwd_op(*args):  # type: ignore[no-untyped-def]
     tensors, needs = list(args[: N_BWD_TENSORS - 1]), args[N_BWD_TENSORS - 1]
     for at in (7, 9, 12):  # lse, weights_index, sink
-        tensors[at] = _contiguous(tensors[at])
-    grads = dot_attention_bwd(*tensors, _options(args[N_BWD_TENSORS:]), needs)
+        tensors[at] = contiguous(tensors[at])
+    grads = dot_attention_bwd(*tensors, op_options(args[N_BWD_TENSORS:]), needs)
     inputs = (*tensors[3:6], *tensors[10:13])
     return tuple(
-        _nothing(tensors[3], (tensors[3] if source is None else source).dtype) if grad is None else grad
+        nothing(tensors[3], (tensors[3] if source is None else source).dtype) if grad is None else grad
         for grad, source in zip(grads, inputs, strict=True)
     )
 
@@ -387,12 +386,12 @@ def _bwd_fake(*args):  # type: ignore[no-untyped-def]
     tensors, needs = args[: N_BWD_TENSORS - 1], args[N_BWD_TENSORS - 1]
     query, key, value = tensors[3:6]
     grads = [
-        torch.empty_like(source) if need else _nothing(query, source.dtype)
+        torch.empty_like(source) if need else nothing(query, source.dtype)
         for source, need in zip((query, key, value), needs[:3], strict=True)
     ]
     for source, need in zip(tensors[10:13], needs[3:], strict=True):
         if source is None or not need:
-            grads.append(_nothing(query, query.dtype if source is None else source.dtype))
+            grads.append(nothing(query, query.dtype if source is None else source.dtype))
         else:
             grads.append(source.new_empty(source.shape))
     return tuple(grads)

@@ -167,7 +167,7 @@ Tensor4 tensor4(const TensorView& view) {
 struct Modifiers {
   TensorView mask, bias[2], query_lengths, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sink, seed;
 
-  void read(ArgReader& args, DotAttentionParams& params) {
+  void read(ArgReader& args, AttentionParams& params, double* scale) {
     mask = args.optional_tensor("mask");
     bias[0] = args.optional_tensor("bias");
     bias[1] = args.optional_tensor("bias2");
@@ -178,7 +178,7 @@ struct Modifiers {
     alibi_slopes = args.optional_tensor("alibi_slopes");
     sink = args.optional_tensor("sink");
     seed = args.optional_tensor("seed");
-    params.scale = args.number("scale");
+    if (scale != nullptr) *scale = args.number("scale");
     params.softcap = args.number("softcap");
     params.dropout_p = args.number("dropout_p");
     params.causal = causal(args.integer("causal"));
@@ -194,8 +194,9 @@ struct Modifiers {
 };
 
 // One checked call: the parameters and what they point to beside the tensors.
-struct Call {
-  DotAttentionParams params;
+template <class Params>
+struct CallOf {
+  Params params;
   DType dtype = DType::kFloat32;
   DType real = DType::kFloat32;
   int64_t rows_batch = 0;  // the first dimension of the tensors: B, or 1 for packed input
@@ -296,6 +297,72 @@ struct Call {
     return tensor;
   }
 
+  // What a forward writes.
+  void set_results(const TensorView& out, const TensorView& lse, const TensorView& weights, const TensorView& index,
+                   int64_t mode) {
+    check_out_shape(out);
+    check_writable(out);
+    params.out = tensor4(out);
+    if (lse) {
+      check_rows_buffer(lse, real);
+      params.lse = lse.data;
+    } else if (weights) {
+      reject("lse", "a tensor, because weights are asked for", "None");
+    }
+    set_weights("weights", weights, index, mode);
+    if (weights) {
+      params.weights = weights_view(weights);
+      check_writable(weights);
+    }
+  }
+
+  // What a backward writes for query, key and value.
+  void set_gradients(const TensorView& grad_query, const TensorView& grad_key, const TensorView& grad_value) {
+    if (grad_query) {
+      check_dtype(grad_query, dtype);
+      check_shape(grad_query,
+                  {{"B", rows_batch}, {"H", params.heads}, {"T_q", params.query_tokens}, {"D", params.head_size}});
+      check_writable(grad_query);
+      params.grad_query = tensor4(grad_query);
+    }
+    if (grad_key) {
+      check_dtype(grad_key, dtype);
+      check_shape(grad_key,
+                  {{"B", rows_batch}, {"H_kv", params.kv_heads}, {"T_k", params.key_tokens}, {"D", params.head_size}});
+      check_writable(grad_key);
+      params.grad_key = tensor4(grad_key);
+    }
+    if (grad_value) {
+      check_dtype(grad_value, dtype);
+      check_shape(
+          grad_value,
+          {{"B", rows_batch}, {"H_kv", params.kv_heads}, {"T_k", params.key_tokens}, {"D_v", params.value_size}});
+      check_writable(grad_value);
+      params.grad_value = tensor4(grad_value);
+    }
+  }
+
+  // What a backward writes for biases and sink; after set_modifiers.
+  void set_modifier_gradients(const Modifiers& given, const TensorView (&grad_bias)[2], const TensorView& grad_sink) {
+    for (int i = 0; i < 2; ++i) {
+      if (!grad_bias[i]) continue;
+      if (!given.bias[i]) reject(grad_bias[i].name, "None without its bias", "a tensor");
+      check_dtype(grad_bias[i], real);
+      check_scores_shape(grad_bias[i]);
+      params.grad_bias[i] = tensor4(grad_bias[i]);
+    }
+    if (grad_sink) {
+      if (!given.sink) reject("grad_sink", "None without sink", "a tensor");
+      check_buffer(grad_sink, real, {{"H", params.heads}});
+      params.grad_sink = grad_sink.data;
+    }
+  }
+
+  void set_threads(int64_t threads) {
+    check_range("threads", threads, 1, std::numeric_limits<int32_t>::max());
+    params.threads = static_cast<int32_t>(threads);
+  }
+
   // `weights` is the forward's output or the backward's grad_weights: there exactly when the mode asks for it.
   void set_weights(const char* name, const TensorView& weights, const TensorView& index, int64_t mode) {
     check_range("weights_mode", mode, 0, 3);
@@ -380,6 +447,8 @@ struct Call {
     params.offset = static_cast<const uint64_t*>(seed.data)[1];
   }
 };
+using Call = CallOf<DotAttentionParams>;
+using AdditiveCall = CallOf<AdditiveAttentionParams>;
 
 // ---- The ops ----------------------------------------------------------------------------------------------------
 
@@ -395,23 +464,10 @@ py::object dot_attention_fwd(PyObject* const* items, Py_ssize_t given) {
   const int64_t weights_mode = args.integer("weights_mode");
   Call call;
   Modifiers modifiers;
-  modifiers.read(args, call.params);
+  modifiers.read(args, call.params, &call.params.scale);
 
   call.set_inputs(query, key, value);
-  call.check_out_shape(out);
-  check_writable(out);
-  call.params.out = tensor4(out);
-  if (lse) {
-    call.check_rows_buffer(lse, call.real);
-    call.params.lse = lse.data;
-  } else if (weights) {
-    reject("lse", "a tensor, because weights are asked for", "None");
-  }
-  call.set_weights("weights", weights, weights_index, weights_mode);
-  if (weights) {
-    call.params.weights = call.weights_view(weights);
-    check_writable(weights);
-  }
+  call.set_results(out, lse, weights, weights_index, weights_mode);
   call.set_modifiers(modifiers);
 
   {
@@ -441,7 +497,7 @@ py::object dot_attention_bwd(PyObject* const* items, Py_ssize_t given) {
   const TensorView grad_sink = args.optional_tensor("grad_sink");
   Call call;
   Modifiers modifiers;
-  modifiers.read(args, call.params);
+  modifiers.read(args, call.params, &call.params.scale);
   const int64_t threads = args.integer("threads");
 
   DotAttentionParams& params = call.params;
@@ -481,48 +537,116 @@ py::object dot_attention_bwd(PyObject* const* items, Py_ssize_t given) {
   }
   call.set_weights("grad_weights", grad_weights, weights_index, weights_mode);
   if (grad_weights) params.grad_weights = call.weights_view(grad_weights);
-  if (grad_query) {
-    check_dtype(grad_query, call.dtype);
-    check_shape(grad_query,
-                {{"B", call.rows_batch}, {"H", params.heads}, {"T_q", params.query_tokens}, {"D", params.head_size}});
-    check_writable(grad_query);
-    params.grad_query = tensor4(grad_query);
-  }
-  if (grad_key) {
-    check_dtype(grad_key, call.dtype);
-    check_shape(
-        grad_key,
-        {{"B", call.rows_batch}, {"H_kv", params.kv_heads}, {"T_k", params.key_tokens}, {"D", params.head_size}});
-    check_writable(grad_key);
-    params.grad_key = tensor4(grad_key);
-  }
-  if (grad_value) {
-    check_dtype(grad_value, call.dtype);
-    check_shape(
-        grad_value,
-        {{"B", call.rows_batch}, {"H_kv", params.kv_heads}, {"T_k", params.key_tokens}, {"D_v", params.value_size}});
-    check_writable(grad_value);
-    params.grad_value = tensor4(grad_value);
-  }
+  call.set_gradients(grad_query, grad_key, grad_value);
   call.set_modifiers(modifiers);
-  for (int i = 0; i < 2; ++i) {
-    if (!grad_bias[i]) continue;
-    if (!modifiers.bias[i]) reject(grad_bias[i].name, "None without its bias", "a tensor");
-    check_dtype(grad_bias[i], call.real);
-    call.check_scores_shape(grad_bias[i]);
-    params.grad_bias[i] = tensor4(grad_bias[i]);
-  }
-  if (grad_sink) {
-    if (!modifiers.sink) reject("grad_sink", "None without sink", "a tensor");
-    check_buffer(grad_sink, call.real, {{"H", params.heads}});
-    params.grad_sink = grad_sink.data;
-  }
-  check_range("threads", threads, 1, std::numeric_limits<int32_t>::max());
-  params.threads = static_cast<int32_t>(threads);
+  call.set_modifier_gradients(modifiers, grad_bias, grad_sink);
+  call.set_threads(threads);
 
   {
     const py::gil_scoped_release no_gil;
     kernels().dot_attention_bwd(params);
+  }
+  return py::none();
+}
+
+// A vector of each head or one for all, [H, D] or [1, D].
+const void* set_vector(const TensorView& view, const AdditiveCall& call, bool* by_head) {
+  if (!view) return nullptr;
+  *by_head = view.ndim == 2 && view.size[0] == call.params.heads;
+  check_buffer(view, call.real, {{"H or 1", *by_head ? call.params.heads : 1}, {"D", call.params.head_size}});
+  return view.data;
+}
+void* set_vector_gradient(const TensorView& view, const TensorView& input, const AdditiveCall& call) {
+  if (!view) return nullptr;
+  if (!input) reject(view.name, "None without its input", "a tensor");
+  check_buffer(view, call.real, {{"H or 1", input.size[0]}, {"D", call.params.head_size}});
+  return view.data;
+}
+
+py::object additive_attention_fwd(PyObject* const* items, Py_ssize_t given) {
+  ArgReader args("additive_attention_fwd", items, given, 25);
+  const TensorView query = args.tensor("query");
+  const TensorView key = args.tensor("key");
+  const TensorView value = args.tensor("value");
+  const TensorView weight = args.tensor("weight");
+  const TensorView score_bias = args.optional_tensor("score_bias");
+  const TensorView out = args.tensor("out");
+  const TensorView lse = args.optional_tensor("lse");
+  const TensorView weights = args.optional_tensor("weights");
+  const TensorView weights_index = args.optional_tensor("weights_index");
+  const int64_t weights_mode = args.integer("weights_mode");
+  AdditiveCall call;
+  Modifiers modifiers;
+  modifiers.read(args, call.params, nullptr);
+
+  call.set_inputs(query, key, value);
+  call.params.weight = set_vector(weight, call, &call.params.weight_by_head);
+  call.params.score_bias = set_vector(score_bias, call, &call.params.score_bias_by_head);
+  call.set_results(out, lse, weights, weights_index, weights_mode);
+  call.set_modifiers(modifiers);
+
+  {
+    const py::gil_scoped_release no_gil;
+    kernels().additive_attention_fwd(call.params);
+  }
+  return py::none();
+}
+
+py::object additive_attention_bwd(PyObject* const* items, Py_ssize_t given) {
+  ArgReader args("additive_attention_bwd", items, given, 36);
+  const TensorView grad_out = args.tensor("grad_out");
+  const TensorView query = args.tensor("query");
+  const TensorView key = args.tensor("key");
+  const TensorView value = args.tensor("value");
+  const TensorView weight = args.tensor("weight");
+  const TensorView score_bias = args.optional_tensor("score_bias");
+  const TensorView out = args.tensor("out");
+  const TensorView lse = args.tensor("lse");
+  const TensorView grad_weights = args.optional_tensor("grad_weights");
+  const TensorView weights_index = args.optional_tensor("weights_index");
+  const int64_t weights_mode = args.integer("weights_mode");
+  const TensorView delta_shift = args.optional_tensor("delta_shift");
+  const TensorView grad_query = args.optional_tensor("grad_query");
+  const TensorView grad_key = args.optional_tensor("grad_key");
+  const TensorView grad_value = args.optional_tensor("grad_value");
+  const TensorView grad_weight = args.optional_tensor("grad_weight");
+  const TensorView grad_score_bias = args.optional_tensor("grad_score_bias");
+  const TensorView grad_bias[2] = {args.optional_tensor("grad_bias"), args.optional_tensor("grad_bias2")};
+  const TensorView grad_sink = args.optional_tensor("grad_sink");
+  AdditiveCall call;
+  Modifiers modifiers;
+  modifiers.read(args, call.params, nullptr);
+  const int64_t threads = args.integer("threads");
+
+  AdditiveAttentionParams& params = call.params;
+  call.set_inputs(query, key, value);
+  params.weight = set_vector(weight, call, &params.weight_by_head);
+  params.score_bias = set_vector(score_bias, call, &params.score_bias_by_head);
+  call.check_out_shape(grad_out);
+  params.grad_out = tensor4(grad_out);
+  call.check_out_shape(out);
+  params.out = tensor4(out);
+  call.check_rows_buffer(lse, call.real);
+  params.lse = lse.data;
+  // A workspace nobody else reads; doubles, so that either type fits.
+  const std::unique_ptr<double[]> delta(new double[static_cast<size_t>(lse.numel())]);
+  params.delta = delta.get();
+  if (delta_shift) {
+    call.check_rows_buffer(delta_shift, call.real);
+    params.delta_shift = delta_shift.data;
+  }
+  call.set_weights("grad_weights", grad_weights, weights_index, weights_mode);
+  if (grad_weights) params.grad_weights = call.weights_view(grad_weights);
+  call.set_gradients(grad_query, grad_key, grad_value);
+  params.grad_weight = set_vector_gradient(grad_weight, weight, call);
+  params.grad_score_bias = set_vector_gradient(grad_score_bias, score_bias, call);
+  call.set_modifiers(modifiers);
+  call.set_modifier_gradients(modifiers, grad_bias, grad_sink);
+  call.set_threads(threads);
+
+  {
+    const py::gil_scoped_release no_gil;
+    kernels().additive_attention_bwd(params);
   }
   return py::none();
 }
@@ -535,7 +659,7 @@ py::object dot_attention_decode_obstacle(PyObject* const* items, Py_ssize_t give
   const TensorView value = args.tensor("value");
   Call call;
   Modifiers modifiers;
-  modifiers.read(args, call.params);
+  modifiers.read(args, call.params, &call.params.scale);
   call.set_inputs(query, key, value);
   call.set_modifiers(modifiers);
   const char* obstacle = kernels().dot_attention_decode_obstacle(call.params);
@@ -689,6 +813,8 @@ PyMethodDef op_function(const char* name) {
 PyMethodDef g_op_functions[] = {op_function<dot_attention_fwd>("dot_attention_fwd"),
                                 op_function<dot_attention_bwd>("dot_attention_bwd"),
                                 op_function<dot_attention_decode_obstacle>("dot_attention_decode_obstacle"),
+                                op_function<additive_attention_fwd>("additive_attention_fwd"),
+                                op_function<additive_attention_bwd>("additive_attention_bwd"),
                                 op_function<ordinary_call>("ordinary_call"),
                                 op_function<ordinary_gradient>("ordinary_gradient"),
                                 {nullptr, nullptr, 0, nullptr}};

@@ -99,11 +99,14 @@ LAYERS = {
     "_reference_normalizers": 0,
     "_options": 0,
     "ops": 1,
+    "_additive_ops": 1,
     "autograd": 2,
+    "_additive_autograd": 2,
     "_operator_autograd": 2,
     "_second_order": 2,
     "_vmap": 2,
     "functional": 3,
+    "_additive": 3,
     "_normalized": 3,
     "_prepare": 3,
     "_scores": 3,
@@ -120,7 +123,7 @@ LAYERS = {
 }
 # The specification stands alone; the binary is reached by ops, and by what reports on it or chooses its variant.
 REFERENCE = {"reference", "_reference_core", "_reference_normalizers", "_options"}
-MAY_USE_BINARY = {"ops", "explain", "__init__", "cli", "benchmarks"}
+MAY_USE_BINARY = {"ops", "_additive_ops", "explain", "__init__", "cli", "benchmarks"}
 
 
 def python_files() -> dict[str, list[Path]]:

@@ -17,7 +17,7 @@ struct Sequence {
   int64_t offset;                  // alignment: row q lines up with key q + offset
 };
 
-ATTNFAST_HD Sequence sequence_of(const DotAttentionParams& p, int64_t b) {
+ATTNFAST_HD Sequence sequence_of(const AttentionParams& p, int64_t b) {
   Sequence s;
   s.batch = b;
   if (p.cu_seqlens_q) {
@@ -37,8 +37,23 @@ ATTNFAST_HD Sequence sequence_of(const DotAttentionParams& p, int64_t b) {
   return s;
 }
 
+// The longest sequence of a call.
+struct Longest {
+  int64_t queries, keys;
+};
+ATTNFAST_HD Longest longest_sequence(const AttentionParams& p) {
+  if (!p.cu_seqlens_q) return {p.query_tokens, p.key_tokens};
+  Longest longest{0, 0};
+  for (int64_t b = 0; b < p.batch; b++) {
+    Sequence s = sequence_of(p, b);
+    longest.queries = s.query_rows > longest.queries ? s.query_rows : longest.queries;
+    longest.keys = s.keys > longest.keys ? s.keys : longest.keys;
+  }
+  return longest;
+}
+
 // Row index of the counter-based random numbers and of every contiguous [B, H, T_q] tensor.
-ATTNFAST_HD int64_t row_index(const DotAttentionParams& p, const Sequence& s, int64_t h, int64_t q) {
+ATTNFAST_HD int64_t row_index(const AttentionParams& p, const Sequence& s, int64_t h, int64_t q) {
   return (s.tensor_batch * p.heads + h) * p.query_tokens + s.query_begin + q;
 }
 
@@ -49,7 +64,7 @@ struct Band {
 };
 constexpr int64_t kUnbounded = int64_t(1) << 62;
 
-ATTNFAST_HD Band band_of(const DotAttentionParams& p, const Sequence& s) {
+ATTNFAST_HD Band band_of(const AttentionParams& p, const Sequence& s) {
   Band band;
   band.left = p.window_left < 0 || p.window_left > kUnbounded ? kUnbounded : p.window_left;
   band.right = p.window_right < 0 || p.window_right > kUnbounded ? kUnbounded : p.window_right;

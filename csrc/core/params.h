@@ -24,9 +24,9 @@ struct Tensor4 {
 // it forms whole rows of the softmax at once.
 constexpr int64_t kWholeRowKeys = 64;
 
-// One call of the dot-product core, forward or backward. "Real" below is the accumulation type: double for float64
-// inputs, float otherwise. Tensors marked contiguous carry no strides.
-struct DotAttentionParams {
+// What every score core is told of one call, forward or backward. "Real" below is the accumulation type: double for
+// float64 inputs, float otherwise. Tensors marked contiguous carry no strides.
+struct AttentionParams {
   int64_t batch = 0;  // B; for packed (varlen) input the number of sequences
   int64_t heads = 0;
   int64_t kv_heads = 0;
@@ -49,8 +49,7 @@ struct DotAttentionParams {
   const void* alibi_slopes = nullptr;  // Real, [B, H] with the strides below
   int64_t alibi_stride[2] = {0, 0};
   const void* sink = nullptr;  // Real, contiguous [H]
-  double scale = 1.0;
-  double softcap = 0.0;  // 0 = off
+  double softcap = 0.0;        // 0 = off
   Causal causal = Causal::kNone;
   int64_t window_left = -1, window_right = -1;  // -1 = unbounded
   double dropout_p = 0.0;
@@ -70,6 +69,19 @@ struct DotAttentionParams {
   Tensor4 grad_bias[2];       // Real, zero-filled, broadcast like bias: stride 0 dimensions are summed
   void* grad_sink = nullptr;  // Real, contiguous [H]
   int32_t threads = 1;        // torch.get_num_threads(): chooses the schedule, never the result
+};
+
+// The dot core: score = scale * query . key.
+struct DotAttentionParams : AttentionParams {
+  double scale = 1.0;
+};
+
+// The additive core: score = sum_d weight_d tanh(query_d + key_d + score_bias_d).
+struct AdditiveAttentionParams : AttentionParams {
+  const void* weight = nullptr;                             // Real, contiguous [H or 1, D]
+  const void* score_bias = nullptr;                         // Real, contiguous [H or 1, D]; null: none
+  bool weight_by_head = false, score_bias_by_head = false;  // the first dimension is H
+  void *grad_weight = nullptr, *grad_score_bias = nullptr;  // Real, laid out as their inputs; null: not wanted
 };
 
 }  // namespace attnfast

@@ -8,6 +8,7 @@
 // The gradient of a bias is added to by whatever forms dS, if no other task adds to the same elements; else (a bias
 // that heads or samples share, a soft cap between it and dS) by a pass of its own whose tasks own disjoint parts.
 // Either way the elements are summed in one fixed order, without atomics.
+#include "backward_tile.h"
 #include "dot_attention.h"
 #include "dot_tile.h"
 #include "parallel.h"
@@ -99,25 +100,6 @@ GradPanel<R> load_panel(const Backward<R>& f, const HeadContext& c, int64_t q0, 
   return panel;
 }
 
-// extra[key][query] = gradient that arrives directly at the weights.
-template <class R>
-void weight_gradient_tile(const HeadContext& c, const ScoreTile<R>& tile, R* rows, R* extra) {
-  constexpr int W = kPanel<R>;
-  const DotAttentionParams& p = *c.p;
-  if (p.weights_mode != WeightsMode::kRowMax) {
-    load_tile_transposed<R>(p.grad_weights, c, tile, rows, extra);
-    return;
-  }
-  for (int i = 0; i < tile.nk * W; i += kLanes<R>) store(extra + i, Vec<R>{});
-  for (int q = 0; q < tile.nq; q++) {
-    int64_t k = p.weights_index[c.row(tile.q0 + q)] - c.s.key_begin - tile.k0;
-    if (k < 0 || k >= tile.nk) continue;
-    load_rows<R>(p.grad_weights, offset4(p.grad_weights, c.s.tensor_batch, c.h, c.s.query_begin + tile.q0 + q, 0), 1, 1,
-                 rows, kKeyTile);
-    extra[k * W + q] = rows[0];
-  }
-}
-
 // Fills S with dS and P with the applied probabilities of one tile. through_cap: dS with respect to the
 // score before the soft cap (for queries and keys), else after it (for a bias, which is added there).
 template <class R>
@@ -125,7 +107,7 @@ __attribute__((noinline)) void gradient_tile(const HeadContext& c, const ScoreTi
                                              Rows<R> values, const GradPanel<R>& panel, bool through_cap,
                                              const BackwardScratch<R>& s) {
   constexpr int N = kLanes<R>, W = kPanel<R>;
-  const DotAttentionParams& p = *c.p;
+  const AttentionParams& p = *c.p;
   int vectors = (tile.nq + N - 1) / N;
   R *P = s.P, *S = s.S;
   if (!p.lse) {
@@ -174,64 +156,6 @@ __attribute__((noinline)) void gradient_tile(const HeadContext& c, const ScoreTi
       store(S + i, w == R(0) ? Vec<R>{} : y);
       if (p.dropout_p > 0) store(P + i, w * load(s.keep + i));
     }
-}
-
-// ---------------------------------------------------------------- gradient of a bias
-template <class R>
-void add_row(const R* src, int count, R* dst, int64_t stride) {
-  constexpr int N = kLanes<R>;
-  int k = 0;
-  if (stride == 1)
-    for (; k + N <= count; k += N) store(dst + k, load(dst + k) + load(src + k));
-  for (; k < count; k++) dst[k * stride] += src[k];
-}
-
-// Adds a tile of dS into the gradient, summing over broadcast axes inside the tile first.
-template <class R>
-__attribute__((noinline)) void add_bias_gradient(const HeadContext& c, const Tensor4& grad, const ScoreTile<R>& tile,
-                                                 const BackwardScratch<R>& s) {
-  constexpr int W = kPanel<R>, N = kLanes<R>;
-  R* base = static_cast<R*>(grad.data) +
-            offset4(grad, c.s.tensor_batch, c.h, c.s.query_begin + tile.q0, c.s.key_begin + tile.k0);
-  int64_t q_stride = grad.stride[2], k_stride = grad.stride[3];
-  if (q_stride != 0 && k_stride != 0) {
-    for (int k = 0; k < tile.nk; k += W) {
-      int count = tile.nk - k < W ? tile.nk - k : W;
-      pack_transposed<R>({s.S + k * W, W}, count, tile.nq, s.extra, R(1));
-      for (int q = 0; q < tile.nq; q++)
-        add_row<R>(s.extra + q * W, count, base + q * q_stride + k * k_stride, k_stride);
-    }
-  } else if (q_stride == 0) {
-    R total = 0;
-    for (int k = 0; k < tile.nk; k++) {
-      const R* row = s.S + k * W;
-      Vec<R> lanes{};
-      int q = 0;
-      for (; q + N <= tile.nq; q += N) lanes += load(row + q);
-      R sum = sum_lanes<R>(lanes);
-      for (; q < tile.nq; q++) sum += row[q];
-      if (k_stride != 0) base[k * k_stride] += sum;
-      total += sum;
-    }
-    if (k_stride == 0) base[0] += total;
-  } else {
-    for (int q = 0; q < tile.nq; q += N) {
-      Vec<R> sum{};
-      for (int k = 0; k < tile.nk; k++) sum += load(s.S + k * W + q);
-      for (int i = 0; i < N && q + i < tile.nq; i++) base[(q + i) * q_stride] += sum[i];
-    }
-  }
-}
-
-// Which tasks are the only ones to touch the elements of a bias gradient that their tiles of dS add to.
-struct BiasOwner {
-  bool by_queries, by_keys;  // tasks of one head and a block of queries; tasks of one head and a range of keys
-};
-BiasOwner bias_owner(const DotAttentionParams& p, int i) {
-  const Tensor4& grad = p.grad_bias[i];
-  bool own_head = (grad.stride[0] != 0 || p.batch == 1 || p.cu_seqlens_q) && (grad.stride[1] != 0 || p.heads == 1);
-  if (!grad.data || !own_head || p.softcap > 0) return {false, false};
-  return {grad.stride[2] != 0, grad.stride[2] == 0 && grad.stride[3] != 0};
 }
 
 // Gradients of one key head (or one query head) over blocks [block0, block1) of queries and tiles [tile0, tile1) of
@@ -304,7 +228,7 @@ void gradient_range(const Backward<R>& f, int64_t b, int64_t h0, int64_t h1, int
             const GradPanel<R>& panel = panels[i];
             gradient_tile<R>(c, tile, keys, values, panel, true, s);
             for (int n = 0; n < 2; n++)
-              if (add_bias[n]) add_bias_gradient<R>(c, p.grad_bias[n], tile, s);
+              if (add_bias[n]) add_bias_gradient<R>(c, p.grad_bias[n], tile, s.S, s.extra);
             if (KEYS) {
               int64_t k = k0 - keys0;
               accumulate_by_key<R>(tile, s.P, panel.grad_out, p.value_size, grad_value + k * f.value_pad, f.value_pad,
@@ -351,65 +275,14 @@ void query_task(const Backward<R>& f, int64_t task) {
   gradient_range<R, false, true>(f, b, h, h + 1, block, block + 1, 0, f.tiles);
 }
 
-// delta[row] = rowsum(dO * O) + shift for a few rows.
-constexpr int64_t kDeltaRows = 64;
+// ---------------------------------------------------------------- the bias pass
 template <class R>
 void delta_task(const Backward<R>& f, int64_t task) {
-  const DotAttentionParams& p = *f.p;
-  int64_t pieces = (p.query_tokens + kDeltaRows - 1) / kDeltaRows, head = task / pieces;
-  int64_t b = head / p.heads, h = head % p.heads, q0 = task % pieces * kDeltaRows;
-  R* grad = static_cast<R*>(scratch(0, size_t(2 * f.value_pad) * sizeof(R)));
-  R* out = grad + f.value_pad;
-  for (int64_t q = q0; q < q0 + kDeltaRows && q < p.query_tokens; q++) {
-    load_rows<R>(p.grad_out, offset4(p.grad_out, b, h, q, 0), 1, p.value_size, grad, f.value_pad);
-    load_rows<R>(p.out, offset4(p.out, b, h, q, 0), 1, p.value_size, out, f.value_pad);
-    Vec<R> sum{};
-    for (int64_t d = 0; d < f.value_pad; d += kLanes<R>) sum += load(grad + d) * load(out + d);
-    R x = sum_lanes<R>(sum);
-    if (x != x) {  // a masked row has output 0; a NaN gradient that arrives there must not come back
-      bool zero = true;
-      for (int64_t d = 0; d < p.value_size; d++) zero &= out[d] == R(0);
-      if (zero) x = R(0);
-    }
-    int64_t row = (b * p.heads + h) * p.query_tokens + q;
-    static_cast<R*>(p.delta)[row] = x + (p.delta_shift ? static_cast<const R*>(p.delta_shift)[row] : R(0));
-  }
+  delta_rows<R>(*f.p, task);
 }
-
-// d sink[h] = -sum over rows of exp(sink - lse) * delta
 template <class R>
 void sink_task(const Backward<R>& f, int64_t h) {
-  const DotAttentionParams& p = *f.p;
-  int64_t batch = p.cu_seqlens_q ? 1 : p.batch;
-  R sink = static_cast<const R*>(p.sink)[h] * R(kLog2e);
-  double sum = 0;
-  for (int64_t b = 0; b < batch; b++)
-    for (int64_t q = 0; q < p.query_tokens; q++) {
-      int64_t row = (b * p.heads + h) * p.query_tokens + q;
-      R lse = static_cast<const R*>(p.lse)[row];
-      if (lse == -infinity<R>()) continue;
-      sum -= double(exp2_real(sink - lse)) * double(static_cast<const R*>(p.delta)[row]);
-    }
-  static_cast<R*>(p.grad_sink)[h] = R(sum);
-}
-
-// ---------------------------------------------------------------- the bias pass
-// What a task of the bias pass owns: a slice [b][h] of the gradient and, of that, a panel of rows or a tile of columns.
-struct BiasOwnership {
-  int64_t batches, heads, units;
-  bool by_row, by_column;
-};
-template <class R>
-BiasOwnership bias_ownership(const Backward<R>& f) {
-  const DotAttentionParams& p = *f.p;
-  const int64_t* stride = p.grad_bias[f.bias].stride;
-  BiasOwnership o;
-  o.batches = stride[0] != 0 && !p.cu_seqlens_q ? p.batch : 1;  // packed sequences share one slice
-  o.heads = stride[1] != 0 ? p.heads : 1;
-  o.by_row = stride[2] != 0;
-  o.by_column = !o.by_row && stride[3] != 0;
-  o.units = o.by_row ? f.panels : o.by_column ? f.tiles : 1;
-  return o;
+  sink_gradient<R>(*f.p, h);
 }
 
 template <class R>
@@ -417,7 +290,7 @@ void bias_task(const Backward<R>& f, int64_t task) {
   constexpr int W = kPanel<R>;
   const DotAttentionParams& p = *f.p;
   const Tensor4& grad = p.grad_bias[f.bias];
-  BiasOwnership o = bias_ownership(f);
+  BiasOwnership o = bias_ownership(p, f.bias, f.panels, f.tiles);
   int64_t unit = task % o.units, slice = task / o.units, own_b = slice / o.heads, own_h = slice % o.heads;
   BackwardScratch<R> s(f, 1, static_cast<R*>(scratch(0, BackwardScratch<R>::size(f, 1) * sizeof(R))));
   ScoreScratch<R> score_scratch(s.score);
@@ -443,7 +316,7 @@ void bias_task(const Backward<R>& f, int64_t task) {
           Rows<R> keys = get_rows<R>(p.key, c.key_offset(p.key, k0), nk, p.head_size, false, s.keys);
           Rows<R> values = get_rows<R>(p.value, c.key_offset(p.value, k0), nk, p.value_size, false, s.values);
           gradient_tile<R>(c, tile, keys, values, panel, false, s);
-          add_bias_gradient<R>(c, grad, tile, s);
+          add_bias_gradient<R>(c, grad, tile, s.S, s.extra);
         }
       }
     }
@@ -482,8 +355,7 @@ void backward(const DotAttentionParams& p) {
   bool serial =
       double(heads) * double(longest_q) * double(longest_k) * double(p.head_size + p.value_size + 8) < kSerialWork / 2;
 
-  int64_t pieces = (p.query_tokens + kDeltaRows - 1) / kDeltaRows;
-  if (p.lse) run<R, delta_task<R>>(f, (p.cu_seqlens_q ? 1 : p.batch) * p.heads * pieces, serial);
+  if (p.lse) run<R, delta_task<R>>(f, (p.cu_seqlens_q ? 1 : p.batch) * p.heads * delta_pieces(p), serial);
   if (p.grad_sink) run<R, sink_task<R>>(f, p.heads, serial);
 
   // Products a tile times rounds of tasks, for either schedule.
@@ -499,7 +371,7 @@ void backward(const DotAttentionParams& p) {
   for (f.bias = 0; f.bias < 2; f.bias++)
     if (BiasOwner owner = bias_owner(p, f.bias);
         p.grad_bias[f.bias].data && !(owner.by_queries && f.queries) && !(owner.by_keys && f.keys)) {
-      BiasOwnership o = bias_ownership(f);
+      BiasOwnership o = bias_ownership(p, f.bias, f.panels, f.tiles);
       run<R, bias_task<R>>(f, o.batches * o.heads * o.units, serial);
     }
 }

@@ -41,7 +41,7 @@ ATTNFAST_INLINE Vec<R> sum_of_rows(Vec<R>* r) {
 // Base-2 addends of some keys, -inf where masked; false if the call has none.
 template <class R>
 bool load_addends(const HeadContext& c, int64_t k0, int n, R* row, R* add) {
-  const DotAttentionParams& p = *c.p;
+  const AttentionParams& p = *c.p;
   if (!has_addend(p) && !p.mask.data) return false;
   constexpr R kLowest = std::is_same_v<R, double> ? R(-__DBL_MAX__) : R(-__FLT_MAX__);
   R slope =

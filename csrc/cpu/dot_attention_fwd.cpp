@@ -16,21 +16,13 @@ constexpr int64_t kMinSplitKeys = 256;
 template <class R>
 constexpr R kSumLimit = R(0x1p40);
 
-template <class R>
-struct PanelState {
-  alignas(64) R minus_max[kPanel<R>];
-  alignas(64) R sum[kPanel<R>];  // 0: nothing visible yet
-  bool lazy;                     // every row has seen a key: the lazy maximum may be used
-};
-
 // What all tasks of a call share.
 template <class R>
-struct Forward {
+struct Forward : RowPartials<R> {
   DotAttentionParams p;
-  int64_t group, blocks, splits;
-  int panels;                                  // per block
-  R *partial_out, *partial_max, *partial_sum;  // [splits][rows]..., only if splits > 1
-  int64_t depth_pad, value_pad, rows_total;
+  int64_t group, blocks;
+  int panels;  // per block
+  int64_t depth_pad;
   R query_scale;
 };
 
@@ -60,42 +52,9 @@ struct ForwardScratch {
 template <class R>
 __attribute__((noinline)) void exact_step(const HeadContext& c, const ScoreTile<R>& tile, Rows<R> keys, const R* packed,
                                           R* P, R* out, int64_t value_pad, PanelState<R>& state) {
-  constexpr int N = kLanes<R>, W = kPanel<R>;
-  int vectors = (tile.nq + N - 1) / N;
+  int vectors = (tile.nq + kLanes<R> - 1) / kLanes<R>;
   raw_scores<R>(keys, c.p->head_size, packed, P, tile.nk, vectors, tile.bands_or_null());
-  bool capped = c.p->softcap > 0, plain = tile.plain();
-  if (capped) apply_softcap<R>(*c.p, P, tile.nk, vectors, nullptr);
-  R factor = capped ? R(1) : R(score_scale(c.p->scale).score);
-  state.lazy = true;
-  for (int j = 0; j < vectors; j++) {
-    Vec<R> old_sum = load(state.sum + N * j);
-    Vec<R> old = old_sum == R(0) ? splat(-infinity<R>()) : -load(state.minus_max + N * j), maximum = old;
-    for (int k = 0; k < tile.nk; k++) {
-      Vec<R> x = load(P + k * W + N * j) * factor;
-      if (!plain) x = tile.modify(x, k, j);
-      maximum = x > maximum ? x : maximum;
-    }
-    Vec<R> base = maximum == -infinity<R>() ? Vec<R>{} : maximum, sum{};
-    for (int k = 0; k < tile.nk; k++) {
-      // Scaled and shifted in one rounding, before anything is added: exact where it matters, near the maximum.
-      Vec<R> x = load(P + k * W + N * j) * factor - base;
-      Vec<R> e = exp2v<R>(plain ? x : tile.modify(x, k, j));
-      sum += e;
-      store(P + k * W + N * j, e);
-    }
-    Vec<R> rescale = exp2v<R>(old - base);
-    sum += old_sum == R(0) ? Vec<R>{} : old_sum * rescale;
-    store(state.minus_max + N * j, -base);
-    store(state.sum + N * j, sum);
-    for (int i = 0; i < N; i++) {
-      int q = N * j + i;
-      if (q >= tile.nq) break;
-      if (sum[i] == R(0)) state.lazy = false;
-      if (old_sum[i] != R(0) && rescale[i] != R(1))
-        for (int64_t d = 0; d < value_pad; d += N)
-          store(out + q * value_pad + d, load(out + q * value_pad + d) * rescale[i]);
-    }
-  }
+  softmax_step<R>(c, tile, score_scale(dot_params(c).scale).score, P, out, value_pad, state);
 }
 
 // Exponentials in the score epilogue, against the lazy maximum; false if a row sum left its range (nothing is kept).
@@ -108,7 +67,7 @@ __attribute__((noinline)) bool lazy_step(const HeadContext& c, const ScoreTile<R
   for (int j = 0; j < vectors; j++) store(sums + N * j, Vec<R>{});
   const R* table = exp2_table<R>();
   bool plain = tile.plain();
-  R factor = R(score_scale(c.p->scale).score);
+  R factor = R(score_scale(dot_params(c).scale).score);
   score_product<R>(keys, c.p->head_size, packed, nullptr, P, tile.nk, vectors, tile.bands_or_null(), R(0),
                    [&](auto m, auto& x, int r, int j) ATTNFAST_LAMBDA {
                      constexpr int M = decltype(m)::value;
@@ -135,32 +94,6 @@ __attribute__((noinline)) bool lazy_step(const HeadContext& c, const ScoreTile<R
   if (!good) return false;
   for (int j = 0; j < vectors; j++) store(state.sum + N * j, load(sums + N * j));
   return true;
-}
-
-// Rows [q0, q0 + nq) of one panel are finished: write them, or hand them to the merge.
-template <class R>
-void finish_panel(const Forward<R>& f, const HeadContext& c, int64_t q0, int nq, int64_t split, const R* out,
-                  const PanelState<R>& state) {
-  const DotAttentionParams& p = f.p;
-  for (int q = 0; q < nq; q++) {
-    int64_t row = c.row(q0 + q);
-    if (f.splits > 1) {
-      int64_t slot = split * f.rows_total + row;
-      f.partial_max[slot] = -state.minus_max[q];
-      f.partial_sum[slot] = state.sum[q];
-      if (state.sum[q] != R(0))
-        for (int64_t d = 0; d < f.value_pad; d += kLanes<R>)
-          store(f.partial_out + slot * f.value_pad + d, load(out + q * f.value_pad + d));
-      continue;
-    }
-    R sink = p.sink ? static_cast<const R*>(p.sink)[f.group > 1 ? c.h * f.group + q0 + q : c.h] * R(kLog2e) : R(0);
-    SoftmaxResult<R> done = close_row<R>({-state.minus_max[q], state.sum[q]}, p.sink, sink);
-    if (p.lse) static_cast<R*>(p.lse)[row] = done.lse;
-    if (state.sum[q] == R(0))
-      store_zero_row<R>(p.out, c.query_offset(p.out, q0 + q), p.value_size);
-    else
-      store_row<R>(p.out, c.query_offset(p.out, q0 + q), p.value_size, out + q * f.value_pad, done.output_scale);
-  }
 }
 
 template <class R>
@@ -236,38 +169,6 @@ void forward_task(const Forward<R>& f, int64_t task) {
   }
 }
 
-// Merges the partial states of one row over the splits, in order.
-template <class R>
-void merge_task(const Forward<R>& f, int64_t row) {
-  const DotAttentionParams& p = f.p;
-  int64_t q = row % p.query_tokens, h = row / p.query_tokens % p.heads, b = row / p.query_tokens / p.heads;
-  R maximum = -infinity<R>();
-  for (int64_t i = 0; i < f.splits; i++) {
-    int64_t slot = i * f.rows_total + row;
-    if (f.partial_sum[slot] != R(0) && f.partial_max[slot] > maximum) maximum = f.partial_max[slot];
-  }
-  R* out = static_cast<R*>(scratch(0, size_t(f.value_pad) * sizeof(R)));
-  for (int64_t d = 0; d < f.value_pad; d++) out[d] = R(0);
-  R sum = 0;
-  for (int64_t i = 0; i < f.splits; i++) {
-    int64_t slot = i * f.rows_total + row;
-    if (f.partial_sum[slot] == R(0)) continue;
-    R w = exp2_real(f.partial_max[slot] - maximum);
-    sum += w * f.partial_sum[slot];
-    const R* part = f.partial_out + slot * f.value_pad;
-    for (int64_t d = 0; d < f.value_pad; d += kLanes<R>) store(out + d, load(out + d) + load(part + d) * w);
-  }
-  int64_t head = f.group > 1 ? h * f.group + q : h;
-  R sink = p.sink ? static_cast<const R*>(p.sink)[head] * R(kLog2e) : R(0);
-  SoftmaxResult<R> done = close_row<R>({maximum, sum}, p.sink, sink);
-  if (p.lse) static_cast<R*>(p.lse)[row] = done.lse;
-  int64_t offset = offset4(p.out, b, h, q, 0);
-  if (sum == R(0))
-    store_zero_row<R>(p.out, offset, p.value_size);
-  else
-    store_row<R>(p.out, offset, p.value_size, out, done.output_scale);
-}
-
 // One query per head and shared key heads: the heads of a group become the rows of a panel, so keys are read once.
 void group_heads(DotAttentionParams& p) {
   int64_t group = p.heads / p.kv_heads;
@@ -328,7 +229,11 @@ void forward(const DotAttentionParams& params) {
   if (f.splits > 1)
     parallel_tasks(
         f.rows_total, serial,
-        [](void* context, int64_t row) { merge_task<R>(*static_cast<const Forward<R>*>(context), row); }, &f);
+        [](void* context, int64_t row) {
+          const Forward<R>& f = *static_cast<const Forward<R>*>(context);
+          merge_row<R>(f.p, f, f.group, row);
+        },
+        &f);
 }
 
 }  // namespace

@@ -1,185 +1,55 @@
-// Attention weights on request, as a second pass over the scores with the finished lse: the full matrix, or only its
-// column sums (coverage losses) or row maxima, which never hold more than a tile.
+// Attention weights of the dot core; the pass itself is weights_pass.h.
 #include "dot_attention.h"
 #include "dot_tile.h"
-#include "parallel.h"
+#include "weights_pass.h"
 
 namespace attnfast::ATTNFAST_ISA {
 namespace {
 
-constexpr int kTilesPerTask = 4;  // key tiles of one column-sum task
+template <class Value>
+struct DotWeights {
+  using Real = Value;
+  using R = Value;
+  using Params = DotAttentionParams;
+  R *rows, *packed, *minus_lse, *minus_log, *keys, *P;
+  QueryPanel<R> panel;
 
-template <class R>
-struct WeightsPass {
-  const DotAttentionParams* p;
-  int64_t panels, tile_groups, depth_pad;
-};
-
-template <class R>
-struct WeightsScratch {
-  R *rows, *packed, *minus_lse, *minus_log, *keys, *P, *keep, *out, *transposed, *maximum, *sums, *score;
-  int64_t* index;
-  static int64_t size(int64_t depth_pad) {
-    int64_t W = kPanel<R>, T = kKeyTile;
-    return 2 * W * depth_pad + 3 * W + T * depth_pad + 3 * T * W + W * T + T * kTilesPerTask + ScoreScratch<R>::size() +
-           W * int64_t(sizeof(int64_t) / sizeof(R));
+  static int64_t size(const Params& p) {
+    int64_t W = kPanel<R>, depth = padded<R>(p.head_size);
+    return 2 * W * depth + 2 * W + kKeyTile * depth + kKeyTile * W;
   }
-  WeightsScratch(int64_t depth_pad, R* base) {
-    int64_t W = kPanel<R>, T = kKeyTile;
-    index = reinterpret_cast<int64_t*>(base);
-    rows = base + W * int64_t(sizeof(int64_t) / sizeof(R));
-    packed = rows + W * depth_pad;
-    minus_lse = packed + W * depth_pad;
+  DotWeights(const Params& p, R* base) {
+    int64_t W = kPanel<R>, depth = padded<R>(p.head_size);
+    rows = base;
+    packed = rows + W * depth;
+    minus_lse = packed + W * depth;
     minus_log = minus_lse + W;
-    maximum = minus_log + W;
-    keys = maximum + W;
-    P = keys + T * depth_pad;
-    keep = P + T * W;
-    transposed = keep + T * W;
-    out = transposed + T * W;
-    sums = out + W * T;
-    score = sums + T * kTilesPerTask;
+    keys = minus_log + W;
+    P = keys + kKeyTile * depth;
+  }
+  void load_panel(const HeadContext& c, int64_t q0, int nq, ScoreScratch<R>& scratch) {
+    const Params& p = dot_params(c);
+    Rows<R> q = get_rows<R>(p.query, c.query_offset(p.query, q0), nq, p.head_size, true, rows);
+    pack_transposed<R>(q, nq, p.head_size, packed, R(score_scale(p.scale).query));
+    load_panel_lse<R>(c, q0, nq, minus_lse);
+    bool split = split_huge_lse<R>(c, q0, nq, packed, minus_lse, minus_log, keys, P, scratch);
+    panel = {q0, nq, packed, minus_lse, split ? minus_log : nullptr};
+  }
+  void probabilities(const HeadContext& c, const ScoreTile<R>& tile, R* out) {
+    const Params& p = dot_params(c);
+    Rows<R> k = get_rows<R>(p.key, c.key_offset(p.key, tile.k0), tile.nk, p.head_size, false, keys);
+    probability_tile<R>(c, tile, k, panel, out, nullptr);
   }
 };
-
-// Calls use(tile) with the applied weights of every visible tile of a panel in [k_begin, k_end) in scratch.P.
-template <class R, class Use>
-void for_weight_tiles(const HeadContext& c, const WeightsScratch<R>& s, int64_t q0, int nq, int64_t k_begin,
-                      int64_t k_end, Use use) {
-  const DotAttentionParams& p = *c.p;
-  int64_t begin = first_key(c.band, q0), end = end_key(c.band, q0 + nq - 1);
-  begin = begin / kKeyTile * kKeyTile > k_begin ? begin / kKeyTile * kKeyTile : k_begin;
-  end = end < k_end ? end : k_end;
-  if (begin >= end) return;
-  ScoreScratch<R> score_scratch(s.score);
-  Rows<R> q = get_rows<R>(p.query, c.query_offset(p.query, q0), nq, p.head_size, true, s.rows);
-  pack_transposed<R>(q, nq, p.head_size, s.packed, R(score_scale(p.scale).query));
-  load_panel_lse<R>(c, q0, nq, s.minus_lse);
-  bool split = split_huge_lse<R>(c, q0, nq, s.packed, s.minus_lse, s.minus_log, s.keys, s.P, score_scratch);
-  QueryPanel<R> panel{q0, nq, s.packed, s.minus_lse, split ? s.minus_log : nullptr};
-  for (int64_t k0 = begin; k0 < end; k0 += kKeyTile) {
-    int nk = int(end - k0 < kKeyTile ? end - k0 : kKeyTile);
-    ScoreTile<R> tile;
-    if (!prepare_tile<R>(c, q0, nq, k0, nk, score_scratch, tile)) continue;
-    Rows<R> keys = get_rows<R>(p.key, c.key_offset(p.key, k0), nk, p.head_size, false, s.keys);
-    probability_tile<R>(c, tile, keys, panel, s.P, nullptr);
-    if (p.dropout_p > 0) {
-      dropout_tile<R>(c, tile, s.keep);
-      multiply_tile<R>(tile, s.P, s.keep);
-    }
-    use(tile);
-  }
-}
-
-// Token offset of a weights row or column inside the tensor.
-template <class R>
-int64_t weights_offset(const HeadContext& c, int64_t q, int64_t k) {
-  return offset4(c.p->weights, c.s.tensor_batch, c.h, c.s.query_begin + q, c.s.key_begin + k);
-}
-
-template <class R>
-void full_task(const WeightsPass<R>& f, int64_t task) {
-  constexpr int W = kPanel<R>;
-  const DotAttentionParams& p = *f.p;
-  int64_t head = task / f.panels, q0 = task % f.panels * W;
-  HeadContext c = head_context(p, head / p.heads, head % p.heads);
-  int64_t rows = c.s.query_rows - q0 < W ? c.s.query_rows - q0 : W;
-  if (rows <= 0) return;
-  for (int64_t q = 0; q < rows; q++)  // packed input: zero outside the sequence's own keys too
-    store_zero_row<R>(p.weights, offset4(p.weights, c.s.tensor_batch, c.h, c.s.query_begin + q0 + q, 0), p.key_tokens);
-  int64_t valid = c.s.queries - q0 < rows ? c.s.queries - q0 : rows;
-  if (valid <= 0) return;
-  WeightsScratch<R> s(f.depth_pad, static_cast<R*>(scratch(0, WeightsScratch<R>::size(f.depth_pad) * sizeof(R))));
-  for_weight_tiles<R>(c, s, q0, int(valid), 0, c.s.keys, [&](const ScoreTile<R>& tile) {
-    tile_to_rows<R>(s.P, tile.nq, tile.nk, s.transposed, s.out);
-    for (int q = 0; q < tile.nq; q++)
-      store_row<R>(p.weights, weights_offset<R>(c, q0 + q, tile.k0), tile.nk, s.out + q * kKeyTile, R(1));
-  });
-}
-
-template <class R>
-void column_sum_task(const WeightsPass<R>& f, int64_t task) {
-  constexpr int W = kPanel<R>, N = kLanes<R>;
-  const DotAttentionParams& p = *f.p;
-  int64_t head = task / f.tile_groups, k0 = task % f.tile_groups * kTilesPerTask * kKeyTile;
-  HeadContext c = head_context(p, head / p.heads, head % p.heads);
-  int64_t columns = (p.cu_seqlens_q ? c.s.keys : p.key_tokens) - k0;
-  if (columns > kTilesPerTask * kKeyTile) columns = kTilesPerTask * kKeyTile;
-  if (columns <= 0) return;
-  WeightsScratch<R> s(f.depth_pad, static_cast<R*>(scratch(0, WeightsScratch<R>::size(f.depth_pad) * sizeof(R))));
-  for (int64_t k = 0; k < columns; k++) s.sums[k] = R(0);
-  int64_t k_end = k0 + columns < c.s.keys ? k0 + columns : c.s.keys;
-  for (int64_t q0 = 0; q0 < c.s.queries; q0 += W) {
-    int nq = int(c.s.queries - q0 < W ? c.s.queries - q0 : W);
-    for_weight_tiles<R>(c, s, q0, nq, k0, k_end, [&](const ScoreTile<R>& tile) {
-      for (int k = 0; k < tile.nk; k++) {
-        Vec<R> sum{};
-        R tail = 0;
-        int q = 0;
-        for (; q + N <= tile.nq; q += N) sum += load(s.P + k * W + q);
-        for (; q < tile.nq; q++) tail += s.P[k * W + q];
-        s.sums[tile.k0 - k0 + k] += sum_lanes<R>(sum) + tail;
-      }
-    });
-  }
-  store_row<R>(p.weights, weights_offset<R>(c, 0, k0) - c.s.query_begin * p.weights.stride[2], columns, s.sums, R(1));
-}
-
-template <class R>
-void row_max_task(const WeightsPass<R>& f, int64_t task) {
-  constexpr int W = kPanel<R>;
-  const DotAttentionParams& p = *f.p;
-  int64_t head = task / f.panels, q0 = task % f.panels * W;
-  HeadContext c = head_context(p, head / p.heads, head % p.heads);
-  int64_t rows = c.s.query_rows - q0 < W ? c.s.query_rows - q0 : W;
-  if (rows <= 0) return;
-  WeightsScratch<R> s(f.depth_pad, static_cast<R*>(scratch(0, WeightsScratch<R>::size(f.depth_pad) * sizeof(R))));
-  for (int q = 0; q < W; q++) {
-    s.maximum[q] = R(0);
-    s.index[q] = -1;
-  }
-  int64_t valid = c.s.queries - q0 < rows ? c.s.queries - q0 : rows;
-  if (valid > 0)
-    for_weight_tiles<R>(c, s, q0, int(valid), 0, c.s.keys, [&](const ScoreTile<R>& tile) {
-      for (int q = 0; q < tile.nq; q++)
-        for (int k = 0; k < tile.nk; k++) {
-          R x = s.P[k * W + q];
-          bool larger = s.index[q] < 0 || x > s.maximum[q] || (x != x && s.maximum[q] == s.maximum[q]);
-          if (!larger || (tile.masked && !tile.visible(q, k))) continue;
-          s.maximum[q] = x;
-          s.index[q] = c.s.key_begin + tile.k0 + k;
-        }
-    });
-  for (int64_t q = 0; q < rows; q++) {
-    int64_t offset = offset4(p.weights, c.s.tensor_batch, c.h, c.s.query_begin + q0 + q, 0);
-    store_row<R>(p.weights, offset, 1, s.maximum + q, R(1));
-    p.weights_index[c.row(q0 + q)] = s.index[q];
-  }
-}
-
-template <class R>
-void weights(const DotAttentionParams& p) {
-  int64_t queries = p.query_tokens, keys = p.key_tokens;  // packed: an upper bound; tasks past the end return at once
-  WeightsPass<R> f{&p, (queries + kPanel<R> - 1) / kPanel<R>,
-                   (keys + kTilesPerTask * kKeyTile - 1) / (kTilesPerTask * kKeyTile), padded<R>(p.head_size)};
-  int64_t heads = p.batch * p.heads;
-  bool serial = double(heads) * double(queries) * double(keys) * double(p.head_size + 16) < kSerialWork;
-  bool columns = p.weights_mode == WeightsMode::kColumnSum;
-  void (*task)(void*, int64_t) = columns
-                                     ? [](void* x, int64_t i) { column_sum_task(*static_cast<WeightsPass<R>*>(x), i); }
-                                 : p.weights_mode == WeightsMode::kFull
-                                     ? [](void* x, int64_t i) { full_task(*static_cast<WeightsPass<R>*>(x), i); }
-                                     : [](void* x, int64_t i) { row_max_task(*static_cast<WeightsPass<R>*>(x), i); };
-  parallel_tasks(heads * (columns ? f.tile_groups : f.panels), serial, task, &f);
-}
 
 }  // namespace
 
 void dot_attention_weights(const DotAttentionParams& p) {
+  double cost = double(p.head_size + 16);
   if (p.query.dtype == DType::kFloat64)
-    weights<double>(p);
+    weights_pass<DotWeights<double>>(p, cost, kSerialWork);
   else
-    weights<float>(p);
+    weights_pass<DotWeights<float>>(p, cost, kSerialWork);
 }
 
 }  // namespace attnfast::ATTNFAST_ISA

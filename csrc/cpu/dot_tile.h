@@ -1,22 +1,14 @@
-// What the passes after the forward share: a loaded query panel, and the probabilities of a tile recomputed from lse.
+// What the dot core's passes after the forward share: a loaded query panel, and the probabilities of a tile recomputed
+// from lse.
 #pragma once
 
-#include "score_tile.h"
+#include "softmax_rows.h"
 
 namespace attnfast::ATTNFAST_ISA {
 namespace {
 
-// softcap * tanh(s / softcap) in base 2, from raw products. `slope`, if given, receives the derivative 1 - tanh^2.
-template <class R>
-void apply_softcap(const DotAttentionParams& p, R* scores, int nk, int vectors, R* slope) {
-  R cap = R(p.softcap * kLog2e), inverse = R(score_scale(p.scale).score / (p.softcap * kLog2e));
-  for (int k = 0; k < nk; k++)
-    for (int j = 0; j < vectors; j++) {
-      int64_t i = k * kPanel<R> + j * kLanes<R>;
-      Vec<R> t = tanhv(load(scores + i) * inverse);
-      store(scores + i, t * cap);
-      if (slope) store(slope + i, R(1) - t * t);
-    }
+static inline const DotAttentionParams& dot_params(const HeadContext& c) {
+  return static_cast<const DotAttentionParams&>(*c.p);
 }
 
 // One panel of queries, packed for the score products.
@@ -30,62 +22,16 @@ struct QueryPanel {
 };
 
 template <class R>
-void load_panel_lse(const HeadContext& c, int64_t q0, int nq, R* minus_lse) {
-  const R* lse = static_cast<const R*>(c.p->lse) + c.row(q0);
-  for (int q = 0; q < kPanel<R>; q++) {
-    R x = q < nq ? lse[q] : R(0);
-    minus_lse[q] = x == -infinity<R>() ? x : -x;
-  }
-}
-
-// A row whose biases are all finfo.min has lse = maximum + log2(sum) near -2e38, where the second term is lost. If the
-// panel has such a row, both terms of all its rows are formed again, into minus_lse and minus_log; else false.
-template <class R>
 bool split_huge_lse(const HeadContext& c, int64_t q0, int nq, const R* packed, R* minus_lse, R* minus_log, R* keys_copy,
                     R* P, ScoreScratch<R>& scratch) {
-  constexpr int N = kLanes<R>, W = kPanel<R>;
-  bool huge = false;
-  for (int q = 0; q < nq; q++) {
-    R size = minus_lse[q] < R(0) ? -minus_lse[q] : minus_lse[q];
-    huge |= size > R(0x1p20) && size != infinity<R>();
-  }
-  if (!huge) return false;
-  SoftmaxState<R> state[W];
-  for (int q = 0; q < W; q++) state[q] = {-infinity<R>(), R(0)};
-  bool capped = c.p->softcap > 0;
-  R factor = capped ? R(1) : R(score_scale(c.p->scale).score);
-  for (int64_t k0 = 0; k0 < c.s.keys; k0 += kKeyTile) {
-    int nk = int(c.s.keys - k0 < kKeyTile ? c.s.keys - k0 : kKeyTile), vectors = (nq + N - 1) / N;
-    ScoreTile<R> tile;
-    if (!prepare_tile<R>(c, q0, nq, k0, nk, scratch, tile)) continue;
-    Rows<R> keys = get_rows<R>(c.p->key, c.key_offset(c.p->key, k0), nk, c.p->head_size, false, keys_copy);
-    raw_scores<R>(keys, c.p->head_size, packed, P, nk, vectors, tile.bands_or_null());
-    if (capped) apply_softcap<R>(*c.p, P, nk, vectors, nullptr);
-    for (int k = 0; k < nk; k++)
-      for (int j = 0; j < vectors; j++) {
-        Vec<R> x = tile.modify(load(P + k * W + N * j) * factor, k, j);
-        for (int i = 0; i < N && N * j + i < nq; i++) {
-          SoftmaxState<R>& s = state[N * j + i];
-          if (x[i] > s.maximum) {
-            s.sum = s.sum * exp2_real(s.maximum - x[i]) + R(1);
-            s.maximum = x[i];
-          } else if (x[i] != -infinity<R>()) {
-            s.sum += exp2_real(x[i] - s.maximum);
-          }
-        }
-      }
-  }
-  for (int q = 0; q < nq; q++) {
-    bool seen = state[q].sum != R(0);
-    minus_lse[q] = seen ? -state[q].maximum : -infinity<R>();
-    minus_log[q] = seen ? -log2_real(state[q].sum) : R(0);
-    if (c.p->sink && seen) {  // the sink's part of the denominator
-      R sink = static_cast<const R*>(c.p->sink)[c.h] * R(kLog2e);
-      minus_log[q] = -log2_real(state[q].sum + exp2_real(sink - state[q].maximum));
-    }
-  }
-  for (int q = nq; q < W; q++) minus_log[q] = R(0);
-  return true;
+  return split_huge_lse<R>(c, q0, nq, score_scale(dot_params(c).scale).score, minus_lse, minus_log, P, scratch,
+                           [&](const ScoreTile<R>& tile, R* P) {
+                             const AttentionParams& p = *c.p;
+                             int vectors = (tile.nq + kLanes<R> - 1) / kLanes<R>;
+                             Rows<R> keys = get_rows<R>(p.key, c.key_offset(p.key, tile.k0), tile.nk, p.head_size,
+                                                        false, keys_copy);
+                             raw_scores<R>(keys, p.head_size, packed, P, tile.nk, vectors, tile.bands_or_null());
+                           });
 }
 
 // P[key][query] = exp(score - lse) of one tile, before dropout; exactly 0 where masked.
@@ -98,18 +44,12 @@ __attribute__((noinline)) void probability_tile(const HeadContext& c, const Scor
   const R* table = exp2_table<R>();
   if (c.p->softcap > 0) {
     raw_scores<R>(keys, c.p->head_size, panel.packed, P, tile.nk, vectors, tile.bands_or_null());
-    apply_softcap<R>(*c.p, P, tile.nk, vectors, slope);
-    for (int k = 0; k < tile.nk; k++)
-      for (int j = 0; j < vectors; j++) {
-        Vec<R> x = load(P + k * W + N * j) + load(panel.minus_lse + N * j);
-        x = tile.modify(x, k, j);
-        if (panel.minus_log) x += load(panel.minus_log + N * j);
-        store(P + k * W + N * j, exp2v<R>(x, table));
-      }
+    finish_probabilities<R>(c, tile, score_scale(dot_params(c).scale).score, panel.minus_lse, panel.minus_log, P,
+                            slope);
     return;
   }
   bool plain = tile.plain();
-  R factor = R(score_scale(c.p->scale).score);
+  R factor = R(score_scale(dot_params(c).scale).score);
   // lse is subtracted at the end, not put into the accumulators first: it is larger than most scores, and every one of
   // the D additions would be rounded at its size.
   score_product<R>(keys, c.p->head_size, panel.packed, nullptr, P, tile.nk, vectors, tile.bands_or_null(), R(0),
@@ -134,7 +74,7 @@ __attribute__((noinline)) void softmax_tile(const HeadContext& c, const ScoreTil
                                             const QueryPanel<R>& panel, R* P) {
   constexpr int N = kLanes<R>, W = kPanel<R>;
   int vectors = (tile.nq + N - 1) / N;
-  R factor = R(score_scale(c.p->scale).score);
+  R factor = R(score_scale(dot_params(c).scale).score);
   bool plain = tile.plain();
   raw_scores<R>(keys, c.p->head_size, panel.packed, P, tile.nk, vectors, tile.bands_or_null());
   for (int j = 0; j < vectors; j++) {
@@ -153,23 +93,6 @@ __attribute__((noinline)) void softmax_tile(const HeadContext& c, const ScoreTil
     }
     Vec<R> inverse = sum == R(0) ? Vec<R>{} : R(1) / sum;
     for (int k = 0; k < tile.nk; k++) store(P + k * W + N * j, load(P + k * W + N * j) * inverse);
-  }
-}
-
-template <class R>
-void multiply_tile(const ScoreTile<R>& tile, R* x, const R* factor) {
-  for_live_vectors(tile, [&](int i) ATTNFAST_LAMBDA { store(x + i, load(x + i) * load(factor + i)); });
-}
-
-// rows[query][kKeyTile] = tile[key][query]
-template <class R>
-void tile_to_rows(const R* tile, int nq, int nk, R* packed, R* rows) {
-  constexpr int W = kPanel<R>;
-  for (int k = 0; k < nk; k += W) {
-    pack_transposed<R>({tile + k * W, W}, nk - k < W ? nk - k : W, nq, packed, R(1));
-    for (int q = 0; q < nq; q++)
-      for (int i = 0; i < W && k + i < kKeyTile; i += kLanes<R>)
-        store(rows + q * kKeyTile + k + i, load(packed + q * W + i));
   }
 }
 

@@ -12,6 +12,8 @@ namespace attnfast {
   void dot_attention_fwd(const DotAttentionParams&);                    \
   void dot_attention_bwd(const DotAttentionParams&);                    \
   const char* dot_attention_decode_obstacle(const DotAttentionParams&); \
+  void additive_attention_fwd(const AdditiveAttentionParams&);          \
+  void additive_attention_bwd(const AdditiveAttentionParams&);          \
   }
 
 ATTNFAST_DECLARE(baseline)
@@ -24,7 +26,13 @@ ATTNFAST_DECLARE(avx512)
 
 namespace {
 
-#define ATTNFAST_TABLE(isa) {#isa, isa::dot_attention_fwd, isa::dot_attention_bwd, isa::dot_attention_decode_obstacle}
+#define ATTNFAST_TABLE(isa)            \
+  {#isa,                               \
+   isa::dot_attention_fwd,             \
+   isa::dot_attention_bwd,             \
+   isa::dot_attention_decode_obstacle, \
+   isa::additive_attention_fwd,        \
+   isa::additive_attention_bwd}
 
 // From the lowest to the best.
 constexpr KernelTable kTables[] = {

@@ -15,6 +15,8 @@ struct KernelTable {
   void (*dot_attention_fwd)(const DotAttentionParams&);
   void (*dot_attention_bwd)(const DotAttentionParams&);
   const char* (*dot_attention_decode_obstacle)(const DotAttentionParams&);
+  void (*additive_attention_fwd)(const AdditiveAttentionParams&);
+  void (*additive_attention_bwd)(const AdditiveAttentionParams&);
 };
 
 // The table in use. Until select_isa_at_load it is the best one this machine can run.

@@ -13,7 +13,7 @@ namespace {
 
 // One (sequence, head) of a call.
 struct HeadContext {
-  const DotAttentionParams* p;
+  const AttentionParams* p;
   Sequence s;
   Band band;
   int64_t h, kv_h;
@@ -27,7 +27,7 @@ struct HeadContext {
   int64_t key_offset(const Tensor4& t, int64_t k) const { return offset4(t, s.tensor_batch, kv_h, s.key_begin + k, 0); }
   int64_t row(int64_t q) const { return row_index(*p, s, h, q); }
 };
-static inline HeadContext head_context(const DotAttentionParams& p, int64_t b, int64_t h, int64_t group = 1) {
+static inline HeadContext head_context(const AttentionParams& p, int64_t b, int64_t h, int64_t group = 1) {
   Sequence s = sequence_of(p, b);
   if (group > 1) {  // p.query_tokens counts the heads of a group; each has one query
     s.queries = p.query_lengths ? p.query_lengths[b] : 1;
@@ -118,15 +118,13 @@ static void load_tile_transposed(const Tensor4& t, const HeadContext& c, const S
   }
 }
 
-static inline bool has_addend(const DotAttentionParams& p) {
-  return p.bias[0].data || p.bias[1].data || p.alibi_slopes;
-}
+static inline bool has_addend(const AttentionParams& p) { return p.bias[0].data || p.bias[1].data || p.alibi_slopes; }
 
 // ALiBi in base 2: -slope * |q + offset - k|.
 template <class R>
 static void add_alibi(const HeadContext& c, const ScoreTile<R>& tile, R* add) {
   constexpr int N = kLanes<R>, W = kPanel<R>;
-  const DotAttentionParams& p = *c.p;
+  const AttentionParams& p = *c.p;
   alignas(64) R slope[W];
   alignas(64) R position[W];
   for (int q = 0; q < W; q++) {
@@ -176,7 +174,7 @@ template <class R>
 static bool prepare_tile(const HeadContext& c, int64_t q0, int nq, int64_t k0, int nk, ScoreScratch<R>& scratch,
                          ScoreTile<R>& tile) {
   constexpr int W = kPanel<R>;
-  const DotAttentionParams& p = *c.p;
+  const AttentionParams& p = *c.p;
   tile.q0 = q0;
   tile.k0 = k0;
   tile.nq = nq;
@@ -232,7 +230,7 @@ static bool prepare_tile(const HeadContext& c, int64_t q0, int nq, int64_t k0, i
 template <class R>
 static void dropout_tile(const HeadContext& c, const ScoreTile<R>& tile, R* keep) {
   constexpr int U = kLanes<uint32_t>, W = kPanel<R>;
-  const DotAttentionParams& p = *c.p;
+  const AttentionParams& p = *c.p;
   uint64_t threshold = dropout_threshold(p.dropout_p);
   R scale = R(dropout_scale(p.dropout_p));
   if (threshold >> 32) {

@@ -293,24 +293,52 @@ ATTNFAST_INLINE Vec<R> exp2v(Vec<R> x) {
 }
 
 // tanh: an odd polynomial near zero (relative error 5e-9 before rounding), 1 - 2 / (1 + e^2x) beyond.
-ATTNFAST_INLINE VecF tanhv(VecF x) {
+constexpr float kTanhNearZero = 0.625f;
+ATTNFAST_INLINE VecF tanh_near_zero(VecF x) {
   VecF u = x * x;
   VecF p = u * 0x1.2c869ep-9f + -0x1.116acap-7f;
   p = p * u + 0x1.64a996p-6f;
   p = p * u + -0x1.ba08c8p-5f;
   p = p * u + 0x1.1110eap-3f;
   p = p * u + -0x1.555556p-2f;
-  VecF small = x + x * u * p;
+  return x + x * u * p;
+}
+ATTNFAST_INLINE VecF tanhv(VecF x) {
+  VecF u = x * x;
+  VecF small = tanh_near_zero(x);
   VecF a = x < 0.0f ? -x : x;
   VecF e = exp2v<float>(a * 0x1.715476p+1f);
   VecF big = 1.0f - 2.0f / (1.0f + e);
   big = x < 0.0f ? -big : big;
-  return u < 0.390625f ? small : big;  // NaN takes `big`, which is NaN
+  return u < kTanhNearZero * kTanhNearZero ? small : big;  // NaN takes `big`, which is NaN
 }
 ATTNFAST_INLINE Vec<double> tanhv(Vec<double> x) {
   Vec<double> y;
   for (int i = 0; i < kLanes<double>; i++) y[i] = __builtin_tanh(x[i]);
   return y;
+}
+
+// e^2x for |x| <= kExpTwiceLimit, relative error 2e-7. The multiple of ln(2) / 2 is taken off exactly, in two parts,
+// with or without FMA: the rounding of 2 x log2(e) alone would cost four times as much.
+constexpr float kExpTwiceLimit = 43.0f;
+ATTNFAST_INLINE VecF exp_twice(VecF x) {
+  constexpr float kMagic = 0x1.8p23f;
+  VecF t = x * 0x1.715476p+1f + kMagic, n = t - kMagic;
+  VecF r = (x - n * 0x1.62e4p-2f) - n * 0x1.7f7d1cp-21f;
+  VecF e = exp2v<float>(r * 0x1.715476p+1f);
+  I32 exponent = reinterpret_cast<I32>(t) - reinterpret_cast<I32>(splat(kMagic));
+  return reinterpret_cast<VecF>(reinterpret_cast<I32>(e) + (exponent << 23));
+}
+
+// The smaller one; `limit` if x is NaN.
+ATTNFAST_INLINE VecF smaller(VecF x, VecF limit) {
+#if defined(__AVX512F__)
+  return (VecF)_mm512_min_ps((__m512)x, (__m512)limit);
+#elif defined(__AVX2__)
+  return (VecF)_mm256_min_ps((__m256)x, (__m256)limit);
+#else
+  return x < limit ? x : limit;
+#endif
 }
 
 // ---------------------------------------------------------------- 32-bit products for the random numbers
