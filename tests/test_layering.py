@@ -113,6 +113,7 @@ LAYERS = {
     "_validate": 3,
     "explain": 4,
     "nn": 5,
+    "viz": 5,
     "memory": 5,
     "distributed": 5,
     "integrations": 6,

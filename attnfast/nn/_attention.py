@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -103,7 +105,7 @@ class Attention(MemoryAttention):
 
     def forward(
         self, query: Tensor, memory: Tensor | ProjectedMemory, lengths: Tensor | None = None, *,
-        mask: Tensor | None = None, return_weights: bool | str = False, **options: object,
+        mask: Tensor | None = None, return_weights: bool | str = False, **options: Any,
     ) -> tuple[Tensor, Weights]:  # fmt: skip
         """Attend to a memory (for self-attention: the query itself).
 
@@ -131,7 +133,7 @@ class Attention(MemoryAttention):
         if self.score_weight is not None:
             result = functional.additive_attention(*operands, self.score_weight, **options)
         else:
-            result = functional.attention(*operands, score=self.score, **options)  # type: ignore[arg-type]
+            result = functional.attention(*operands, score=self.score, **options)
         heads, weights = unpack(result)
         context = self.output(heads.transpose(1, 2).flatten(2))
         if not single:

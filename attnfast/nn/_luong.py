@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -135,7 +137,7 @@ class LuongAttention(MemoryAttention):
     def _attend(
         self, query: Tensor, memory: ProjectedMemory, lengths: Tensor | None, mask: Tensor | None, mode: bool | str
     ) -> tuple[Tensor, Weights]:
-        options: dict[str, object] = {"key_lengths": lengths}
+        options: dict[str, Any] = {"key_lengths": lengths}
         if self.local == "m":
             options["window"] = (self.window, self.window)
         elif self.local == "p":
@@ -155,7 +157,7 @@ class LuongAttention(MemoryAttention):
         return center, (place - center.detach().unsqueeze(-1)).abs() <= self.window
 
     def _scored(
-        self, query: Tensor, memory: ProjectedMemory, mode: bool | str, first: int, **options: object
+        self, query: Tensor, memory: ProjectedMemory, mode: bool | str, first: int, **options: Any
     ) -> tuple[Tensor, Weights]:
         """Score and sum; `first` is the position of the first key. Options have no head axis."""
         if self.score == "concat":
@@ -215,7 +217,7 @@ class LocationAttention(MemoryAttention):
         self, query: Tensor, memory: ProjectedMemory, lengths: Tensor | None, mask: Tensor | None, mode: bool | str
     ) -> tuple[Tensor, Weights]:
         bias = location_scores(query, self.query_weight, 0, memory.keys.shape[1]).unsqueeze(1)
-        options: dict[str, object] = {"bias": bias, "key_lengths": lengths, "mask": mask}
+        options: dict[str, Any] = {"bias": bias, "key_lengths": lengths, "mask": mask}
         return with_one_head(query[..., :0], memory.keys[..., :0], memory.values, mode, options)
 
     def extra_repr(self) -> str:
@@ -230,7 +232,7 @@ def location_scores(query: Tensor, weight: Tensor, first: int, tokens: int) -> T
 
 
 def with_one_head(
-    query: Tensor, keys: Tensor, values: Tensor, mode: bool | str, options: dict[str, object]
+    query: Tensor, keys: Tensor, values: Tensor, mode: bool | str, options: dict[str, Any]
 ) -> tuple[Tensor, Weights]:
     """``attnfast.attention`` with the plain dot product on ``[B, T, ...]``."""
     mask, prior = options.get("mask"), options.get("prior")
@@ -239,4 +241,4 @@ def with_one_head(
     if isinstance(prior, tuple):
         options["prior"] = (prior[0], prior[1].unsqueeze(1), prior[2])
     heads = (x.unsqueeze(1) for x in (query, keys, values))
-    return drop_head(functional.attention(*heads, score="dot", return_weights=mode, **options))  # type: ignore[arg-type]
+    return drop_head(functional.attention(*heads, score="dot", return_weights=mode, **options))
