@@ -72,7 +72,7 @@ def second_order(
     with torch.autocast(query.device.type, enabled=False):
         for first in range(0, rows, block):
             place = (first, min(block, rows - first), rows)
-            for slot, piece in _block(grad_grads, tensors, has_rows, options, wanted, place, core).items():
+            for slot, piece in _block(grad_grads, tensors, has_rows, options, wanted, core, place).items():
                 if pieces[slot] and not has_rows[slot]:
                     pieces[slot][0] = pieces[slot][0] + piece
                 else:
@@ -104,8 +104,8 @@ def _block(
     has_rows: Sequence[bool],
     options: ops.DotAttentionOptions,
     wanted: Sequence[bool],
-    place: tuple[int, int, int],
     core: Callable[..., Any],
+    place: tuple[int, int, int],
 ) -> dict[int, Tensor]:
     """The wanted gradients of one block of query rows, by slot."""
     first, size, rows = place

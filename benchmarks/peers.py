@@ -16,8 +16,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .cases_additive import AdditiveCase
 from .cases_dot import AttentionCase
-from .registry import OURS, TORCH, Inputs, Peer, Unsupported, Workload, register_peer
+from .registry import EAGER, OURS, TORCH, Inputs, Peer, Unsupported, Workload, register_peer
 
 
 def eager_attention(
@@ -37,15 +38,28 @@ def eager_attention(
     return torch.softmax(scores, dim=-1) @ value
 
 
+def eager_additive(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Bahdanau's formula as users write it: a tensor of T_q x T_k x D."""
+    scores = torch.tanh(query.unsqueeze(-2) + key.unsqueeze(-3)) @ weight
+    return torch.softmax(scores, dim=-1) @ value
+
+
+def _additive(function: Callable[..., torch.Tensor], inputs: Inputs) -> Workload:
+    tensors = tuple(inputs[name] for name in ("query", "key", "value", "weight"))
+    return Workload(functools.partial(function, *tensors), tensors, inputs.grad_out)
+
+
 class Attnfast(Peer):
     """This library: the drop-in function where torch's signature suffices, ``attention`` otherwise."""
 
     name = OURS
-    suites = ("dot", "overhead", "sweep")
+    suites = ("additive", "dot", "overhead", "sweep")
 
     def build(self, case: AttentionCase, inputs: Inputs) -> Workload:
         import attnfast
 
+        if isinstance(case, AdditiveCase):
+            return _additive(attnfast.additive_attention, inputs)
         query, key, value = inputs["query"], inputs["key"], inputs["value"]
         causal = "top_left" if case.causal else None
         call: Callable[[], torch.Tensor]
@@ -191,9 +205,11 @@ class TorchCompile(Peer):
 
     name = "compile"
     compiled = True
-    suites = ("dot",)
+    suites = ("additive", "dot")
 
     def build(self, case: AttentionCase, inputs: Inputs) -> Workload:
+        if isinstance(case, AdditiveCase):
+            return _additive(_compile(eager_additive), inputs)
         if case.mask or case.key_lengths or case.varlen or case.dropout_p or case.kv_heads != case.heads:
             raise Unsupported("the compiled formula covers plain, causal and biased attention")
         compiled = _compile(eager_attention)
@@ -206,6 +222,16 @@ class TorchCompile(Peer):
             causal=case.causal,
         )
         return Workload(call, tuple(inputs[name] for name in inputs.wanted), inputs.grad_out)
+
+
+class Eager(Peer):
+    """The textbook formula, operation by operation; torch has no function for the additive score."""
+
+    name = EAGER
+    suites = ("additive",)
+
+    def build(self, case: AdditiveCase, inputs: Inputs) -> Workload:
+        return _additive(eager_additive, inputs)
 
 
 class TorchFlex(Peer):
@@ -248,5 +274,14 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False)
 
 
-for _peer in (Attnfast(), AttnfastBinary(), TorchSdpa(), TorchMath(), TorchLoop(), TorchCompile(), TorchFlex()):
+for _peer in (
+    Attnfast(),
+    AttnfastBinary(),
+    TorchSdpa(),
+    TorchMath(),
+    TorchLoop(),
+    Eager(),
+    TorchCompile(),
+    TorchFlex(),
+):
     register_peer(_peer)

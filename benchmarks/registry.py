@@ -17,6 +17,7 @@ FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
 PASSES = (FORWARD, BACKWARD, BOTH)
 OURS = "attnfast"
 TORCH = "sdpa"  # the peer that every headline ratio is taken against
+EAGER = "eager"  # the same where torch has no function of its own
 
 
 class Unsupported(Exception):
@@ -135,4 +136,4 @@ def find_peer(name: str) -> Peer:
 
 def _load() -> None:
     """Importing the modules registers what is in them."""
-    from . import cases_dot, cases_overhead, cases_sweep, peers  # noqa: F401
+    from . import cases_additive, cases_dot, cases_overhead, cases_sweep, peers  # noqa: F401

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .registry import BACKWARD, BOTH, FORWARD, OURS, TORCH
+from .registry import BACKWARD, BOTH, EAGER, FORWARD, OURS, TORCH
 from .results import OK, Row
 from .sweep import SUITE, print_sweep
 
@@ -22,10 +22,11 @@ README_BEGIN = "<!-- bench:begin -->"
 README_END = "<!-- bench:end -->"
 _TITLES = {
     "dot": "Dot-product attention",
+    "additive": "Additive attention",
     "overhead": "Cost of a call",
     "model": "A transformer encoder on scikit-learn's digits",
 }
-_PEER_ORDER = (OURS, "attnfast._C", TORCH, "sdpa math", "sdpa loop", "compile", "flex")
+_PEER_ORDER = (OURS, "attnfast._C", TORCH, "sdpa math", "sdpa loop", EAGER, "compile", "flex")
 
 
 def make_console(width: int | None = None) -> Console:
@@ -102,7 +103,7 @@ def _suite_table(suite: str, rows: list[Row]) -> Table:
                 cells.append(ratio_text(other.ratio))
             else:
                 cells.append(Text("-" if other.status == OK else other.status, style="dim"))
-        sdpa = group.get(TORCH)
+        sdpa = group.get(TORCH) or group.get(EAGER)
         if wide:
             cells.append(_number(ours.of_sgemm, "{:.2f}"))
             cells.append(_pair(ours.peak_extra_mib, sdpa and sdpa.peak_extra_mib, "{:.1f}"))
@@ -248,7 +249,7 @@ def markdown_table(rows: list[Row]) -> str:
                     dtype = group[OURS].dtype
             lines.append(f"| {case} | {dtype} | {count} | {' | '.join(cells)} | {memory} |")
     lines.append("")
-    rest = [row for row in rows if row.suite not in ("dot", SUITE) and row.peer == TORCH]
+    rest = [row for row in rows if row.suite not in ("dot", SUITE) and row.peer in (TORCH, EAGER)]
     if rest:
         lines.append("| case | threads | attnfast | torch | ratio |")
         lines.append("|---|---|---|---|---|")

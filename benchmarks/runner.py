@@ -197,7 +197,7 @@ class Run:
             if row.pass_ == registry.BOTH and registry.BACKWARD in case.passes:
                 continue
             last = self.plan.passes(case)[-1]
-            if self.plan.quick and (row.pass_ != last or row.peer not in (OURS, registry.TORCH)):
+            if self.plan.quick and (row.pass_ != last or row.peer not in (OURS, registry.TORCH, registry.EAGER)):
                 continue
             key = (row.pass_, row.peer)
             if key not in known:

@@ -219,7 +219,8 @@ struct CallOf {
     params.key_tokens = key.size[2];
     params.head_size = query.size[3];
     params.value_size = value.size[3];
-    if (params.heads != 0 && (params.kv_heads == 0 || params.heads % params.kv_heads != 0)) {
+    if (params.heads != params.kv_heads &&
+        (params.heads == 0 || params.kv_heads == 0 || params.heads % params.kv_heads != 0)) {
       reject("key", "H_kv dividing H = " + std::to_string(params.heads), std::to_string(params.kv_heads));
     }
     params.query = tensor4(query);

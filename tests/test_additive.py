@@ -137,7 +137,8 @@ def check(
         assert grad.dtype == tensors[name].dtype and grad.shape == tensors[name].shape
         want = true_grads[name]
         theirs = max((plain_grads[name], flash_grads[name].to(dtype)), key=lambda x, w=want: error(x, w))
-        assert_close_to_truth(grad, want, theirs, f"grad_{name}", slack=slack + saved)
+        rows = B * T_q if name in ("weight", "score_bias") else 1  # whose errors add up, independent of each other
+        assert_close_to_truth(grad, want, theirs, f"grad_{name}", slack=slack + saved * math.sqrt(rows))
 
 
 # ------------------------------------------------------------------------------------------------------- correctness
@@ -246,7 +247,10 @@ def test_a_row_of_the_most_negative_number_is_uniform(isa: str, dtype: torch.dty
 @pytest.mark.parametrize("shape", ["tiles", "few_queries", "one_feature", "wide"])
 @pytest.mark.parametrize("spread", [0.01, 0.1, 0.3, 1.0, 2.0, 3.5, 5.0, 10.0, 20.0, 50.0])
 def test_every_spread_of_inputs(isa: str, spread: float, shape: str) -> None:
-    check(make(**SHAPES[shape], spread=spread))
+    tensors = make(**SHAPES[shape], spread=spread)
+    # Between the range of the polynomial and that of ordinary inputs a term keeps an absolute precision of float32,
+    # where tanh itself has a relative one: half an ulp of 1 for each term, independent of each other.
+    check(tensors, slack=6e-8 * tensors["weight"].norm().item() if 0.05 < spread < 0.5 else 0.0)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=dtype_id)
@@ -479,6 +483,22 @@ def test_gradgradcheck_of_everything() -> None:
 
     assert torch.autograd.gradcheck(function, (*small(), *extra))
     assert torch.autograd.gradgradcheck(function, (*small(), *extra))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_second_order_does_not_depend_on_the_block(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of one query row give what one block gives; a wrong row range would show in the masks."""
+    from attnfast import _second_order
+
+    found = []
+    for elements in (1, 2**30):
+        monkeypatch.setattr(_second_order, "_BLOCK_ELEMENTS", elements)
+        inputs = small()
+        bias = torch.linspace(-1, 1, 4 * 7, dtype=torch.float64).view(4, 7).requires_grad_()
+        loss = call(*inputs, bias=bias, **CALLS[name]).sin().sum()
+        grads = torch.autograd.grad(loss, (*inputs, bias), create_graph=True)
+        found.append(torch.autograd.grad(sum(g.square().sum() for g in grads), (*inputs, bias)))
+    torch.testing.assert_close(*found)
 
 
 def test_forward_mode() -> None:

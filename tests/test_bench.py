@@ -219,8 +219,8 @@ def test_required_cases_are_there() -> None:
     assert {case.key_tokens for case in DOT_CASES if case.query_tokens == 1} == {1024, 8192}
     assert cases["1,8,512,64"].quick
     assert not cases["1,4,8192,64"].quick
-    assert registry.suites() == ("dot", "overhead", "sweep", "model")
-    assert registry.default_suites() == ("dot", "overhead", "model")
+    assert registry.suites() == ("additive", "dot", "overhead", "sweep", "model")
+    assert registry.default_suites() == ("additive", "dot", "overhead", "model")
     cells = {(case.query_tokens, case.head_size) for case in registry.cases("sweep")}
     assert cells == {(2**i, size) for i in range(13) for size in range(16, 257, 8)}
 

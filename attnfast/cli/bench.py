@@ -34,7 +34,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--suite",
         action="append",
         metavar="NAME",
-        help="dot, overhead, model or sweep (T by D, ten minutes); repeatable (default: all but the sweep)",
+        help="additive, dot, overhead, model or sweep (T by D, ten minutes); repeatable (default: all but the sweep)",
     )
     parser.add_argument("--case", default="", metavar="TEXT", help="only cases whose name contains TEXT")
     parser.add_argument("--quick", action="store_true", help="fewer cases and rounds: less than two minutes")

@@ -1,7 +1,8 @@
-// Backward of the additive core. P and dS = P (dP - delta) of a tile are those of every core; with h = 1 / (1 + A B) -
-// 1/2, which is -tanh / 2,
-//   dQ[q] = 4 w sum_k dS (1/4 - h^2),  dK[k] likewise over q,  dw = -2 sum dS h,  d score_bias = sum of dQ,
-// so the gradient pass needs no weight and no transcendental: dimensions in lanes, four queries to a division.
+// Backward of the additive core. P and dS = P (dP - delta) of a tile are those of every core; with h = 2 / (1 + A B) -
+// 1, which is -tanh,
+//   dQ[q] = w sum_k dS (1 - h^2),  dK[k] likewise over q,  dw = -sum dS h,  d score_bias = sum of dQ,
+// so the gradient pass needs no weight and no transcendental: dimensions in lanes, four queries to a division. Where
+// tanh is +-1, dS - (dS h) h is exactly 0.
 //
 // A task takes the heads of one key head, all their queries and a range of keys, visits each tile once and forms every
 // gradient there. How many ranges there are depends on shapes alone; where there are several, the partial dQ, and for
@@ -38,12 +39,12 @@ struct GradPanel {
   AdditiveRows<R> queries;
   Rows<R> grad_out;
   R *grad_out_copy, *packed_grad, *minus_lse, *minus_log, *minus_delta;
-  R* dims;     // sum over keys of dS (1/4 - h^2), [D / N][panel][N]
+  R* dims;     // sum over keys of dS (1 - h^2), [D / N][panel + 1][N]
   bool split;  // minus_log counts
 
   static int64_t floats(const Backward<R>& f) {
     int64_t W = kPanel<R>;
-    return AdditiveRows<R>::floats(W, f.depth_pad) + 2 * W * f.value_pad + 3 * W + W * f.depth_pad;
+    return AdditiveRows<R>::floats(W, f.depth_pad) + 2 * W * f.value_pad + 3 * W + (W + 1) * f.depth_pad;
   }
   void place(const Backward<R>& f, R* base) {
     int64_t W = kPanel<R>;
@@ -107,6 +108,27 @@ void load_panel(const Backward<R>& f, const HeadContext& c, int64_t q0, int nq, 
   for (int q = 0; q < W; q++) panel.minus_delta[q] = q < nq ? -delta[q] : R(0);
 }
 
+// S[key][query] = value . dO for a few queries: dimensions in lanes. Both are padded with zeros to whole vectors.
+template <class R>
+__attribute__((noinline)) void dots_by_dimension(Rows<R> values, Rows<R> grad_out, int64_t value_pad,
+                                                 const ScoreTile<R>& tile, R* S) {
+  constexpr int N = kLanes<R>, W = kPanel<R>;
+  for (int k = 0; k < tile.nk; k++) {
+    store(S + k * W, Vec<R>{});
+    for (int q = 0; q < tile.nq; q++) {
+      const R *a = values.data + k * values.stride, *b = grad_out.data + q * grad_out.stride;
+      Vec<R> even{}, odd{};
+      int64_t d = 0;
+      for (; d + 2 * N <= value_pad; d += 2 * N) {
+        even += load(a + d) * load(b + d);
+        odd += load(a + d + N) * load(b + d + N);
+      }
+      if (d < value_pad) even += load(a + d) * load(b + d);
+      S[k * W + q] = sum_lanes<R>(even + odd);
+    }
+  }
+}
+
 // Fills S with dS and P with the applied probabilities of one tile. through_cap: dS with respect to the score before
 // the soft cap, else after it (for a bias, which is added there). Lanes past the last query hold 0.
 template <class R>
@@ -120,7 +142,10 @@ __attribute__((noinline)) void gradient_tile(const Backward<R>& f, const HeadCon
   R *P = s.P, *S = s.S;
   additive_scores<R>(weights, panel.queries, keys, f.depth_pad, tile, true, P);
   finish_probabilities<R>(c, tile, kLog2e, panel.minus_lse, panel.split ? panel.minus_log : nullptr, P, s.slope);
-  raw_scores<R>(values, p.value_size, panel.packed_grad, S, tile.nk, vectors, tile.bands_or_null());
+  if (dims_in_lanes<R>(tile.nq))
+    dots_by_dimension<R>(values, panel.grad_out, f.value_pad, tile, S);
+  else
+    raw_scores<R>(values, p.value_size, panel.packed_grad, S, tile.nk, vectors, tile.bands_or_null());
   if (p.grad_weights.data) weight_gradient_tile<R>(c, tile, s.rows, s.extra);
   if (p.dropout_p > 0) dropout_tile<R>(c, tile, s.keep);
   for (int k = 0; k < tile.nk; k++) {
@@ -140,7 +165,7 @@ __attribute__((noinline)) void gradient_tile(const Backward<R>& f, const HeadCon
 }
 
 // ---------------------------------------------------------------- the gradient pass
-// One vector of dimensions, Q queries, keys [k0, k1): adds dS (1/4 - h^2) to dK[key] and dQ[query]; the sum of dS h
+// One vector of dimensions, Q queries, keys [k0, k1): adds dS (1 - h^2) to dK[key] and dQ[query]; the sum of dS h
 // returned.
 template <Tier TIER, int Q, class R>
 ATTNFAST_INLINE Vec<R> score_gradient(const R* queries, const R* keys, const R* S, int k0, int k1, R* grad_key,
@@ -159,13 +184,13 @@ ATTNFAST_INLINE Vec<R> score_gradient(const R* queries, const R* keys, const R* 
         if (ds == R(0)) continue;  // a masked key or query may be NaN
         Vec<R> h, x = a[i] + b;
         if constexpr (TIER == Tier::kNear)
-          h = tanh_near_zero(x) * R(-0.5);
+          h = -tanh_near_zero(x);
         else
-          h = tanhv(x) * R(-0.5);
-        Vec<R> g = (R(0.25) - h * h) * ds;
+          h = -tanhv(x);
+        Vec<R> t = h * ds, g = ds - t * h;
         gk += g;
         gq[i] += g;
-        gw[i] += h * ds;
+        gw[i] += t;
       }
       store(grad_key + k * N, gk);
     }
@@ -177,20 +202,20 @@ ATTNFAST_INLINE Vec<R> score_gradient(const R* queries, const R* keys, const R* 
         if constexpr (TIER == Tier::kClamped) x[i] = smaller(x[i], splat(kLargestX));
       }
       if constexpr (Q == 4) {
-        Vec<R> p = x[0] * x[1], q = x[2] * x[3], r = R(1) / (p * q), u = r * q, v = r * p;
-        h[0] = u * x[1] - R(0.5);
-        h[1] = u * x[0] - R(0.5);
-        h[2] = v * x[3] - R(0.5);
-        h[3] = v * x[2] - R(0.5);
+        Vec<R> p = x[0] * x[1], q = x[2] * x[3], r = R(2) / (p * q), u = r * q, v = r * p;
+        h[0] = u * x[1] - R(1);
+        h[1] = u * x[0] - R(1);
+        h[2] = v * x[3] - R(1);
+        h[3] = v * x[2] - R(1);
       } else {
-        ATTNFAST_UNROLL for (int i = 0; i < Q; i++) h[i] = R(1) / x[i] - R(0.5);
+        ATTNFAST_UNROLL for (int i = 0; i < Q; i++) h[i] = R(2) / x[i] - R(1);
       }
       ATTNFAST_UNROLL for (int i = 0; i < Q; i++) {
         R ds = S[k * W + i];
-        Vec<R> g = (R(0.25) - h[i] * h[i]) * ds;
+        Vec<R> t = h[i] * ds, g = ds - t * h[i];
         gk += g;
         gq[i] += g;
-        gw[i] += h[i] * ds;
+        gw[i] += t;
       }
       store(grad_key + k * N, gk);
     }
@@ -202,15 +227,15 @@ ATTNFAST_INLINE Vec<R> score_gradient(const R* queries, const R* keys, const R* 
     return gw[0];
 }
 
-// A tile: adds to dK [D / N][kKeyTile][N], dQ [D / N][panel][N] and dw [D].
+// A tile: adds to dK [D / N][kKeySlots][N], dQ [D / N][panel + 1][N] and dw [D].
 template <Tier TIER, class R>
 __attribute__((noinline)) void score_gradients(const HeadContext& c, const ScoreTile<R>& tile,
                                                const GradPanel<R>& panel, const AdditiveRows<R>& keys,
                                                int64_t depth_pad, const R* S, R* grad_key, R* grad_weight) {
-  constexpr int N = kLanes<R>, W = kPanel<R>;
+  constexpr int N = kLanes<R>;
   for (int64_t d = 0; d < depth_pad; d += N) {
-    const R *a = panel.queries.dims + d * W, *b = keys.dims + d * kKeyTile;
-    R *gq = panel.dims + d * W, *gk = grad_key + d * kKeyTile;
+    const R *a = panel.queries.dims + d * panel.queries.slots, *b = keys.dims + d * kKeySlots;
+    R *gq = panel.dims + d * panel.queries.slots, *gk = grad_key + d * kKeySlots;
     Vec<R> gw{};
     for (int q = 0; q < tile.nq; q += kQueryBlock) {
       int last = q + kQueryBlock < tile.nq ? q + kQueryBlock - 1 : tile.nq - 1, k0 = 0, k1 = tile.nk;
@@ -244,10 +269,10 @@ void add_score_gradients(const Backward<R>& f, const HeadContext& c, const Score
   score_gradients<Tier::kDirect, R>(c, tile, panel, keys, f.depth_pad, s.S, grad_key, s.grad_weight);
 }
 
-// 4 w sum of dS (1/4 - h^2), from a layout with dimensions in lanes.
+// w sum of dS (1 - h^2), from a layout with dimensions in lanes.
 template <class R>
 ATTNFAST_INLINE Vec<R> finished_gradient(const AdditiveWeights<R>& w, const R* dims, int64_t stride, int64_t d) {
-  return load(w.weight + d) * (R(4) * load(dims + d * stride));
+  return load(w.weight + d) * load(dims + d * stride);
 }
 
 // Whether the task that forms dS is the only one to touch the elements of bias gradient i.
@@ -270,16 +295,16 @@ void gradient_task(const Backward<R>& f, int64_t task) {
   int64_t key_rows = p.cu_seqlens_q ? seq.keys : p.key_tokens, share = (f.tiles + f.splits - 1) / f.splits * kKeyTile;
   int64_t keys0 = split * share < key_rows ? split * share : key_rows;
   int64_t keys1 = keys0 + share < key_rows ? keys0 + share : key_rows, count = keys1 - keys0;
-  int64_t count_pad = (count + kKeyTile - 1) / kKeyTile * kKeyTile;
+  int64_t tile_floats = kKeySlots * f.depth_pad, key_floats = (count + kKeyTile - 1) / kKeyTile * tile_floats;
 
   int panel_count = f.panels < kPanelsPerBlock ? int(f.panels) : kPanelsPerBlock;
   using Scratch = BackwardScratch<R>;
   Scratch s(f, panel_count, static_cast<R*>(scratch(0, Scratch::size(f, panel_count) * sizeof(R))));
-  // dK of one head, as score_gradients leaves it, then dK and dV of all heads of the group
-  size_t size = size_t(count_pad * f.depth_pad + count * (f.depth_pad + f.value_pad));
-  R* key_dims = static_cast<R*>(scratch(2, size * sizeof(R)));
-  R* grad_key = key_dims + count_pad * f.depth_pad;
-  R* grad_value = grad_key + count * f.depth_pad;
+  // dV, and dK of one head as score_gradients leaves it; then, of a group of heads, the finished dK
+  size_t size = size_t(key_floats + count * f.value_pad);
+  size_t grouped = group > 1 ? size_t(count * f.depth_pad) : 0;
+  R* key_dims = static_cast<R*>(scratch(2, (size + grouped) * sizeof(R)));
+  R *grad_value = key_dims + key_floats, *grad_key = grad_value + count * f.value_pad;
   for (size_t i = 0; i < size; i++) key_dims[i] = R(0);
 
   AdditiveWeights<R> weights;
@@ -296,14 +321,17 @@ void gradient_task(const Backward<R>& f, int64_t task) {
     load_additive_weights<R>(p, h, weights);
     for (int64_t i = 0; i < 2 * f.depth_pad; i++) s.grad_weight[i] = R(0);
     if (h > kv * group)
-      for (int64_t i = 0; i < count_pad * f.depth_pad; i++) key_dims[i] = R(0);
+      for (int64_t i = 0; i < key_floats; i++) key_dims[i] = R(0);
     for (int64_t block = 0; block < f.blocks; block++) {
       int64_t q0 = block * kBlock;
       int64_t rows = seq.query_rows - q0 < kBlock ? seq.query_rows - q0 : kBlock;
       if (rows <= 0) break;
       int64_t valid = seq.queries - q0 < rows ? seq.queries - q0 : rows;
-      for (int i = 0; i * W < rows; i++) {
-        for (int64_t j = 0; j < W * f.depth_pad; j++) panels[i].dims[j] = R(0);
+      for (int i = 0; f.scores && i * W < rows; i++) {
+        int64_t used = (rows - i * W < W ? rows - i * W : W) + kQueryBlock - 1;
+        used = used < W ? used * N : W * N;
+        for (int64_t d = 0; d < f.depth_pad; d += N)
+          for (int64_t x = 0; x < used; x += N) store(panels[i].dims + d * (W + 1) + x, Vec<R>{});
       }
       bool loaded_panels = false;
       int64_t begin = 0, end = 0;
@@ -332,7 +360,7 @@ void gradient_task(const Backward<R>& f, int64_t task) {
           }
           if (!loaded) {
             load_additive_rows<R>(p.key, c.key_offset(p.key, k0), nk, p.head_size, nullptr, keys);
-            values = get_rows<R>(p.value, c.key_offset(p.value, k0), nk, p.value_size, false, s.values);
+            values = get_rows<R>(p.value, c.key_offset(p.value, k0), nk, p.value_size, true, s.values);
             loaded = true;
           }
           gradient_tile<R>(f, c, tile, weights, keys, values, panels[i], true, s);
@@ -342,7 +370,8 @@ void gradient_task(const Backward<R>& f, int64_t task) {
           if (p.grad_value.data)
             accumulate_by_key<R>(tile, s.P, panels[i].grad_out, p.value_size, grad_value + k * f.value_pad, f.value_pad,
                                  s.clean);
-          if (f.scores) add_score_gradients<R>(f, c, tile, weights, keys, panels[i], s, key_dims + k * f.depth_pad);
+          if (f.scores)
+            add_score_gradients<R>(f, c, tile, weights, keys, panels[i], s, key_dims + k / kKeyTile * tile_floats);
         }
       }
       if (!f.scores) continue;
@@ -351,7 +380,7 @@ void gradient_task(const Backward<R>& f, int64_t task) {
         const GradPanel<R>& panel = panels[q / W];
         R* row = f.splits > 1 ? f.partial_query + (split * f.rows_total + c.row(q0 + q)) * f.depth_pad : s.row;
         for (int64_t d = 0; d < f.depth_pad; d += N) {
-          Vec<R> x = finished_gradient<R>(weights, panel.dims + q % W * N, W, d);
+          Vec<R> x = finished_gradient<R>(weights, panel.dims + q % W * N, W + 1, d);
           if (q >= valid) x = Vec<R>{};
           store(row + d, x);
           store(bias_sum + d, load(bias_sum + d) + x);
@@ -361,17 +390,21 @@ void gradient_task(const Backward<R>& f, int64_t task) {
       }
     }
     if (!f.scores) continue;
-    for (int64_t k = 0; k < count; k++)
-      for (int64_t d = 0; d < f.depth_pad; d += N) {
-        const R* dims = key_dims + k / kKeyTile * kKeyTile * f.depth_pad + k % kKeyTile * N;
-        R* to = grad_key + k * f.depth_pad + d;
-        store(to, load(to) + finished_gradient<R>(weights, dims, kKeyTile, d));
+    if (p.grad_key.data) {
+      for (int64_t k = 0; k < count; k++) {
+        const R* dims = key_dims + k / kKeyTile * tile_floats + k % kKeyTile * N;
+        R* row = group > 1 ? grad_key + k * f.depth_pad : s.row;
+        for (int64_t d = 0; d < f.depth_pad; d += N) {
+          Vec<R> x = finished_gradient<R>(weights, dims, kKeySlots, d);
+          store(row + d, h > kv * group ? load(row + d) + x : x);
+        }
+        if (h == (kv + 1) * group - 1)
+          store_row<R>(p.grad_key, first.key_offset(p.grad_key, keys0 + k), p.head_size, row, R(1));
       }
+    }
     R* part = f.partial_weight + ((b * p.heads + h) * f.splits + split) * 2 * f.depth_pad;
     for (int64_t i = 0; i < 2 * f.depth_pad; i++) part[i] = s.grad_weight[i];
   }
-  if (p.grad_key.data)
-    store_rows<R>(p.grad_key, first.key_offset(p.grad_key, keys0), count, p.head_size, grad_key, f.depth_pad, R(1));
   if (p.grad_value.data)
     store_rows<R>(p.grad_value, first.key_offset(p.grad_value, keys0), count, p.value_size, grad_value, f.value_pad,
                   R(1));
@@ -443,7 +476,7 @@ void bias_task(const Backward<R>& f, int64_t task) {
           ScoreTile<R> tile;
           if (!prepare_tile<R>(c, q0, nq, k0, nk, score_scratch, tile)) continue;
           load_additive_rows<R>(p.key, c.key_offset(p.key, k0), nk, p.head_size, nullptr, keys);
-          Rows<R> values = get_rows<R>(p.value, c.key_offset(p.value, k0), nk, p.value_size, false, s.values);
+          Rows<R> values = get_rows<R>(p.value, c.key_offset(p.value, k0), nk, p.value_size, true, s.values);
           gradient_tile<R>(f, c, tile, weights, keys, values, panel, false, s);
           add_bias_gradient<R>(c, grad, tile, s.S, s.extra);
         }
@@ -505,7 +538,7 @@ void backward(const AdditiveAttentionParams& p) {
     run<R, gradient_task<R>>(f, key_heads * f.splits, serial);
     if (f.splits > 1 && p.grad_query.data) run<R, merge_query_task<R>>(f, f.rows_total, serial);
   }
-  if (p.grad_weight) merge_weights<R>(f, 0, p.weight_by_head, R(-2), static_cast<R*>(p.grad_weight));
+  if (p.grad_weight) merge_weights<R>(f, 0, p.weight_by_head, R(-1), static_cast<R*>(p.grad_weight));
   if (p.grad_score_bias) merge_weights<R>(f, 1, p.score_bias_by_head, R(1), static_cast<R*>(p.grad_score_bias));
   for (f.bias = 0; f.bias < 2; f.bias++)
     if (p.grad_bias[f.bias].data && !owns_bias(f, f.bias)) {

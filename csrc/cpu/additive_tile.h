@@ -22,24 +22,26 @@ enum class Tier { kNear, kFast, kClamped, kDirect };
 constexpr bool uses_exponentials(Tier tier) { return tier == Tier::kFast || tier == Tier::kClamped; }
 constexpr float kLargestX = 0x1p30f;  // the product of four, times a sum of four weights, stays finite
 constexpr double kFastSum = 10.39;    // e^(2 * 10.39) < 2^30
-constexpr int kKeyBlock = 4;          // keys that share a loaded vector of queries in the score pass
-constexpr int kQueryBlock = 4;        // queries that share a division in the gradient pass
+constexpr int kKeySlots = kKeyTile + 1;
+constexpr int kKeyBlock = 4;    // keys that share a loaded vector of queries in the score pass
+constexpr int kQueryBlock = 4;  // queries that share a division in the gradient pass
 
 // ---------------------------------------------------------------- operands
 // Some rows (a panel of queries, a tile of keys), as they are or as e^2x, in the layouts that the loops read:
-//   lanes[j][d][N]: tokens in lanes;  dims[d / N][token][N]: dimensions in lanes.
+//   lanes[j][d][N]: tokens in lanes;  dims[d / N][slot][N]: dimensions in lanes, a slot for each token and one more, so
+//   that the blocks of a token are not 4 KB apart, which the first-level cache cannot hold together.
 // Tokens past `count` are zeros, so that x is 1 there; dimensions past D are e^0 and meet weights of 0.
 template <class R>
 struct AdditiveRows {
   Rows<R> rows;
   R *copy, *lanes, *dims;
-  int count, capacity;  // tokens there are, and that there is room for: a multiple of a vector's lanes
-  R largest, size;      // of x and of |x|; size is infinite if an element is infinite or NaN
-  int form;             // of lanes and dims: -1 none, 0 as they are, 1 exponentials
+  int count, slots;
+  R largest, size;  // of x and of |x|; size is infinite if an element is infinite or NaN
+  int form;         // of lanes and dims: -1 none, 0 as they are, 1 exponentials
 
-  static int64_t floats(int64_t capacity, int64_t depth_pad) { return 3 * capacity * depth_pad; }
+  static int64_t floats(int64_t tokens, int64_t depth_pad) { return (3 * tokens + 1) * depth_pad; }
   void place(R* base, int tokens, int64_t depth_pad) {
-    capacity = tokens;
+    slots = tokens + 1;
     copy = base;
     lanes = copy + tokens * depth_pad;
     dims = lanes + tokens * depth_pad;
@@ -53,14 +55,19 @@ static void load_additive_rows(const Tensor4& t, int64_t offset, int count, int6
                                AdditiveRows<R>& x) {
   constexpr int N = kLanes<R>;
   int64_t stride = padded<R>(depth);
-  load_rows<R>(t, offset, count, depth, x.copy, stride);
-  x.rows = {x.copy, stride};
+  // Rows are read once or twice and in order, so any stride will do in place.
+  if (!bias && t.dtype == kRealType<R> && t.stride[3] == 1 && depth == stride) {
+    x.rows = {static_cast<const R*>(t.data) + offset, t.stride[2]};
+  } else {
+    load_rows<R>(t, offset, count, depth, x.copy, stride);
+    x.rows = {x.copy, stride};
+  }
   x.count = count;
   x.form = -1;
   Vec<R> largest = splat(-infinity<R>()), smallest = splat(infinity<R>()), bad{};
   for (int i = 0; i < count; i++)
     for (int64_t d = 0; d < stride; d += N) {
-      Vec<R> v = load(x.copy + i * stride + d);
+      Vec<R> v = load(x.rows.data + i * x.rows.stride + d);
       if (bias) {
         v += load(bias + d);
         store(x.copy + i * stride + d, v);
@@ -97,7 +104,7 @@ __attribute__((noinline)) void shape_rows(AdditiveRows<R>& x, int64_t depth_pad,
         }
       }
       if (want_dims) {
-        R* to = x.dims + (d * x.capacity + q * N);
+        R* to = x.dims + (d * x.slots + q * N);
         ATTNFAST_UNROLL for (int i = 0; i < N; i++) store(to + i * N, r[i]);
       }
       if (want_lanes) {
@@ -175,41 +182,48 @@ static bool dims_in_lanes(int nq) {
 }
 
 // ---------------------------------------------------------------- scores
-// acc[m] = sum_d -w_d / 2 * tanh(a_d + k_d), queries in lanes, for kKeyBlock keys.
+// total[m] = sum_d -w_d / 2 * tanh(a_d + k_d), queries in lanes, for kKeyBlock keys. A fresh sum for every kSumDims
+// dimensions: one chain of additions over all of them would cost digits.
+constexpr int kSumDims = 32;
 template <Tier TIER, class R>
 ATTNFAST_INLINE void score_block(const AdditiveWeights<R>& w, const R* queries, const R* keys, int64_t depth_pad,
-                                 Vec<R> (&acc)[kKeyBlock]) {
+                                 Vec<R> (&total)[kKeyBlock]) {
   constexpr int N = kLanes<R>, M = kKeyBlock;
-  for (int64_t block = 0; block < depth_pad; block += N, keys += kKeyTile * N) {
-    if constexpr (!uses_exponentials(TIER)) {
-      for (int u = 0; u < N; u++) {
-        Vec<R> a = load(queries + (block + u) * N), weight = splat(w.weight[block + u] * R(-0.5));
-        for (int m = 0; m < M; m++) {
-          Vec<R> x = a + keys[m * N + u];
-          if constexpr (TIER == Tier::kNear)
-            acc[m] += weight * tanh_near_zero(x);
-          else
-            acc[m] += weight * tanhv(x);
-        }
-      }
-    } else {
-      for (int u = 0; u < N; u += 4) {
-        Vec<R> a[4];
-        ATTNFAST_UNROLL for (int i = 0; i < 4; i++) a[i] = load(queries + (block + u + i) * N);
-        const R* unit = w.unit + block + u;
-        Vec<R> half = splat(w.half4[(block + u) / 4]);
-        ATTNFAST_UNROLL for (int m = 0; m < M; m++) {
-          Vec<R> x[4];
-          ATTNFAST_UNROLL for (int i = 0; i < 4; i++) {
-            x[i] = a[i] * keys[m * N + u + i] + R(1);
-            if constexpr (TIER == Tier::kClamped) x[i] = smaller(x[i], splat(kLargestX));
+  for (int64_t first = 0; first < depth_pad; first += kSumDims) {
+    int64_t end = first + kSumDims < depth_pad ? first + kSumDims : depth_pad;
+    Vec<R> acc[M] = {};
+    for (int64_t block = first; block < end; block += N, keys += kKeySlots * N) {
+      if constexpr (!uses_exponentials(TIER)) {
+        for (int u = 0; u < N; u++) {
+          Vec<R> a = load(queries + (block + u) * N), weight = splat(w.weight[block + u] * R(-0.5));
+          for (int m = 0; m < M; m++) {
+            Vec<R> x = a + keys[m * N + u];
+            if constexpr (TIER == Tier::kNear)
+              acc[m] += weight * tanh_near_zero(x);
+            else
+              acc[m] += weight * tanhv(x);
           }
-          Vec<R> low = x[0] * unit[1] + x[1] * unit[0], high = x[2] * unit[3] + x[3] * unit[2];
-          Vec<R> p = x[0] * x[1], q = x[2] * x[3];
-          acc[m] += (low * q + high * p) / (p * q) - half;
+        }
+      } else {
+        for (int u = 0; u < N; u += 4) {
+          Vec<R> a[4];
+          ATTNFAST_UNROLL for (int i = 0; i < 4; i++) a[i] = load(queries + (block + u + i) * N);
+          const R* unit = w.unit + block + u;
+          Vec<R> half = splat(w.half4[(block + u) / 4]);
+          ATTNFAST_UNROLL for (int m = 0; m < M; m++) {
+            Vec<R> x[4];
+            ATTNFAST_UNROLL for (int i = 0; i < 4; i++) {
+              x[i] = a[i] * keys[m * N + u + i] + R(1);
+              if constexpr (TIER == Tier::kClamped) x[i] = smaller(x[i], splat(kLargestX));
+            }
+            Vec<R> low = x[0] * unit[1] + x[1] * unit[0], high = x[2] * unit[3] + x[3] * unit[2];
+            Vec<R> p = x[0] * x[1], q = x[2] * x[3];
+            acc[m] += (low * q + high * p) / (p * q) - half;
+          }
         }
       }
     }
+    ATTNFAST_UNROLL for (int m = 0; m < M; m++) total[m] += acc[m];
   }
 }
 
@@ -236,13 +250,13 @@ __attribute__((noinline)) void scores_by_query(const AdditiveWeights<R>& w, cons
 // The same with dimensions in lanes, for a few queries.
 template <Tier TIER>
 __attribute__((noinline)) void scores_by_dimension(const AdditiveWeights<float>& w, const float* queries,
-                                                   const float* keys, int64_t depth_pad, int capacity,
+                                                   const float* keys, int64_t depth_pad, int slots,
                                                    const ScoreTile<float>& tile, float* P) {
   constexpr int N = kLanes<float>, W = kPanel<float>;
   for (int q = 0; q < tile.nq; q++)
     for (int k = 0; k < tile.nk; k++) {
       const float *a = queries + q * N, *b = keys + k * N;
-      int64_t stride_a = int64_t(capacity) * N, stride_b = int64_t(kKeyTile) * N, d = 0;
+      int64_t stride_a = int64_t(slots) * N, stride_b = int64_t(kKeySlots) * N, d = 0;
       VecF acc{};
       for (; d + 4 * N <= depth_pad; d += 4 * N, a += 4 * stride_a, b += 4 * stride_b) {
         VecF x[4], u[4];
@@ -276,9 +290,9 @@ static void additive_scores(const AdditiveWeights<R>& w, AdditiveRows<R>& querie
     if (few && exponentials) {
       for (int k = 0; k < tile.nk; k++) store(P + k * kPanel<R>, VecF{});
       if (tier == Tier::kFast)
-        scores_by_dimension<Tier::kFast>(w, queries.dims, keys.dims, depth_pad, queries.capacity, tile, P);
+        scores_by_dimension<Tier::kFast>(w, queries.dims, keys.dims, depth_pad, queries.slots, tile, P);
       else
-        scores_by_dimension<Tier::kClamped>(w, queries.dims, keys.dims, depth_pad, queries.capacity, tile, P);
+        scores_by_dimension<Tier::kClamped>(w, queries.dims, keys.dims, depth_pad, queries.slots, tile, P);
       return;
     }
     if (tier == Tier::kNear) return scores_by_query<Tier::kNear, R>(w, queries.lanes, keys.dims, depth_pad, tile, P);

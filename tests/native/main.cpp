@@ -87,40 +87,49 @@ void copy_values(const HostTensor& from, HostTensor& to) {
   for_each_element(from, [&](int64_t b, int64_t h, int64_t i, int64_t j) { to.set(b, h, i, j, from.get(b, h, i, j)); });
 }
 
-void run(const KernelTable& kernels, const Problem& problem, const Expected* shift, int threads, Results& results) {
-  DotAttentionParams params = results.params(problem);
-  params.threads = t_pool_threads = threads;
-  if (shift == nullptr) {
-    kernels.dot_attention_fwd(params);
-    return;
+// Calls one of the core's two kernels on the parameters as `change` leaves them.
+template <class Change>
+void call(const KernelTable& kernels, const Problem& problem, bool backward, int threads, Results& results,
+          Change change) {
+  t_pool_threads = threads;
+  const auto go = [&](auto params, auto kernel) {
+    params.threads = threads;
+    change(params);
+    kernel(params);
+  };
+  if (problem.config.additive) {
+    go(results.additive_params(problem), backward ? kernels.additive_attention_bwd : kernels.additive_attention_fwd);
+  } else {
+    go(results.dot_params(problem), backward ? kernels.dot_attention_bwd : kernels.dot_attention_fwd);
   }
-  if (results.delta_shift) copy_values(shift->delta_shift, results.delta_shift);
-  kernels.dot_attention_bwd(params);
+}
+
+void run(const KernelTable& kernels, const Problem& problem, const Expected* shift, int threads, Results& results) {
+  if (shift != nullptr && results.delta_shift) copy_values(shift->delta_shift, results.delta_shift);
+  call(kernels, problem, shift != nullptr, threads, results, [](AttentionParams&) {});
 }
 
 // Inference: nobody asks for lse, which lets the forward take the decode kernel.
 void infer(const KernelTable& kernels, const Problem& problem, int threads, Results& results) {
-  DotAttentionParams params = results.params(problem);
-  params.threads = t_pool_threads = threads;
-  params.lse = nullptr;
-  params.weights_mode = WeightsMode::kNone;
-  params.weights = {};
-  params.weights_index = nullptr;
-  kernels.dot_attention_fwd(params);
+  call(kernels, problem, false, threads, results, [](AttentionParams& params) {
+    params.lse = nullptr;
+    params.weights_mode = WeightsMode::kNone;
+    params.weights = {};
+    params.weights_index = nullptr;
+  });
 }
 
 bool needs_no_lse(const Config& c) {
-  return c.key_tokens <= kWholeRowKeys && c.sequences == 0 && !c.sink && c.bias[0] < 0 && c.bias[1] < 0 &&
-         !c.lse_gradient && c.weights_mode == WeightsMode::kNone && c.softcap == 0 && c.dropout_p == 0;
+  return !c.additive && c.key_tokens <= kWholeRowKeys && c.sequences == 0 && !c.sink && c.bias[0] < 0 &&
+         c.bias[1] < 0 && !c.lse_gradient && c.weights_mode == WeightsMode::kNone && c.softcap == 0 && c.dropout_p == 0;
 }
 
 // A backward from the operands alone.
 void differentiate_without_lse(const KernelTable& kernels, const Problem& problem, int threads, Results& results) {
-  DotAttentionParams params = results.params(problem);
-  params.threads = t_pool_threads = threads;
-  params.lse = params.delta = nullptr;
-  params.out = {};
-  kernels.dot_attention_bwd(params);
+  call(kernels, problem, true, threads, results, [](AttentionParams& params) {
+    params.lse = params.delta = nullptr;
+    params.out = {};
+  });
 }
 
 std::string check_row_maximum(const Problem& problem, const Results& results, const Expected& expected,
@@ -168,6 +177,8 @@ std::string check(const KernelTable& kernels, const Problem& problem) {
     check_gradient("grad_bias", c.bias[i] >= 0, serial.grad_bias[i], expected.grad_bias[i]);
   }
   check_gradient("grad_sink", c.sink, serial.grad_sink, expected.grad_sink);
+  check_gradient("grad_weight", c.additive, serial.grad_weight, expected.grad_weight);
+  check_gradient("grad_score_bias", c.additive && c.score_bias, serial.grad_score_bias, expected.grad_score_bias);
   if (needs_no_lse(c)) {
     differentiate_without_lse(kernels, problem, 1, inferred);
     differentiate_without_lse(kernels, problem, g_threads, inferred_threaded);
@@ -196,6 +207,8 @@ std::string check(const KernelTable& kernels, const Problem& problem) {
   equal("grad_value", serial.grad_value, threaded.grad_value);
   for (int i = 0; i < 2; ++i) equal("grad_bias", serial.grad_bias[i], threaded.grad_bias[i]);
   equal("grad_sink", serial.grad_sink, threaded.grad_sink);
+  equal("grad_weight", serial.grad_weight, threaded.grad_weight);
+  equal("grad_score_bias", serial.grad_score_bias, threaded.grad_score_bias);
   if (serial.weights_index != threaded.weights_index) errors.front() = "weights_index depends on the threads";
   return errors.front();
 }

@@ -32,6 +32,15 @@ struct Row {
   double lse = -kInfinity;  // natural
 };
 
+// tanh(query + score_bias + key) of one dimension.
+double additive_term(const Problem& problem, int64_t b, int64_t h, int64_t q, int64_t k, int64_t d) {
+  const int64_t t = problem.tensor_batch(b), kv = h / (problem.config.heads / problem.config.kv_heads);
+  double x =
+      problem.query.get(t, h, problem.query_begin(b) + q, d) + problem.key.get(t, kv, problem.key_begin(b) + k, d);
+  if (problem.score_bias) x += problem.score_bias.get(0, 0, problem.config.vectors_by_head ? h : 0, d);
+  return std::tanh(x);
+}
+
 Row softmax_row(const Problem& problem, int64_t b, int64_t h, int64_t q) {
   const Config& c = problem.config;
   const int64_t keys = problem.key_rows(b), t = problem.tensor_batch(b), kv = h / (c.heads / c.kv_heads);
@@ -52,9 +61,10 @@ Row softmax_row(const Problem& problem, int64_t b, int64_t h, int64_t q) {
     any = true;
     double s = 0;
     for (int64_t d = 0; d < c.head_size; ++d) {
-      s += problem.query.get(t, h, problem.query_begin(b) + q, d) * problem.key.get(t, kv, problem.key_begin(b) + k, d);
+      s += c.additive ? problem.weight.get(0, 0, c.vectors_by_head ? h : 0, d) * additive_term(problem, b, h, q, k, d)
+                      : c.scale * problem.query.get(t, h, problem.query_begin(b) + q, d) *
+                            problem.key.get(t, kv, problem.key_begin(b) + k, d);
     }
-    s *= c.scale;
     if (c.softcap > 0) s = c.softcap * std::tanh(s / c.softcap);
     row.capped[k] = s;
     if (problem.alibi) s -= problem.alibi.get(0, 0, b, h) * std::fabs(static_cast<double>(q + shift - k));
@@ -124,6 +134,9 @@ void backward_by_definition(const Problem& problem, const std::vector<int64_t>& 
   e.grad_key.allocate({c.batch, c.kv_heads, c.key_tokens, c.head_size});
   e.grad_value.allocate({c.batch, c.kv_heads, c.key_tokens, c.value_size});
   if (c.sink) e.grad_sink.allocate({1, 1, 1, c.heads});
+  if (c.additive)
+    for (Gradient* gradient : {&e.grad_weight, &e.grad_score_bias})
+      gradient->allocate({1, 1, c.vectors_by_head ? c.heads : 1, c.head_size});
   for (int i = 0; i < 2; ++i) {
     const HostTensor& bias = problem.bias[i];
     if (bias) e.grad_bias[i].allocate({bias.size(0), bias.size(1), bias.size(2), bias.size(3)});
@@ -170,11 +183,20 @@ void backward_by_definition(const Problem& problem, const std::vector<int64_t>& 
       double grad_size = row.probability[k] * (size[k] + mean_size);
       for (int x = 0; x < 2; ++x)
         if (problem.bias[x]) e.grad_bias[x].add(b, h, q, k, grad, grad_size);
-      double slope = c.scale;
+      double slope = c.additive ? 1 : c.scale;
       if (c.softcap > 0) slope *= 1 - row.capped[k] / c.softcap * (row.capped[k] / c.softcap);
       grad *= slope;
       grad_size *= slope;
-      for (int64_t d = 0; d < c.head_size; ++d) {
+      for (int64_t d = 0; c.additive && d < c.head_size; ++d) {
+        const int64_t at = c.vectors_by_head ? h : 0;
+        const double tanh = additive_term(problem, b, h, q, k, d), weight = problem.weight.get(0, 0, at, d);
+        const double term = grad * weight * (1 - tanh * tanh), term_size = grad_size * weight;
+        e.grad_query.add(t, h, i, d, term, term_size);
+        e.grad_key.add(t, kv, j, d, term, term_size);
+        e.grad_score_bias.add(0, 0, at, d, term, term_size);
+        e.grad_weight.add(0, 0, at, d, grad * tanh, grad_size);
+      }
+      for (int64_t d = 0; !c.additive && d < c.head_size; ++d) {
         const double key = problem.key.get(t, kv, j, d), query = problem.query.get(t, h, i, d);
         e.grad_query.add(t, h, i, d, grad * key, grad_size * key);
         e.grad_key.add(t, kv, j, d, grad * query, grad_size * query);

@@ -156,6 +156,8 @@ std::string Config::text() const {
   if (causal != Causal::kNone) s += " causal=" + number(static_cast<int>(causal));
   if (window_left >= 0 || window_right >= 0) s += " window=" + number(window_left) + "," + number(window_right);
   if (weights_mode != WeightsMode::kNone) s += " weights=" + number(static_cast<int>(weights_mode));
+  if (additive) s += std::string(" additive") + (vectors_by_head ? "/H" : "") + (score_bias ? "+b" : "");
+  if (additive) s += " spread=" + number(spread);
   if (poison) s += " poison";
   if (lse_gradient) s += " lse_gradient";
   s += std::string(" wants=") + (want_query ? "q" : "") + (want_key ? "k" : "") + (want_value ? "v" : "");
@@ -214,6 +216,12 @@ Config random_config(Random& random) {
     c.want_key = random.chance(50);
     c.want_value = random.chance(50);
   }
+  c.additive = random.chance(45);
+  if (c.additive) {
+    c.vectors_by_head = random.chance(50);
+    c.score_bias = random.chance(60);
+    c.spread = random.pick({0.02, 1.0, 1.0, 4.0, 15.0});
+  }
   return c;
 }
 
@@ -224,7 +232,17 @@ Problem::Problem(const Config& given, uint64_t problem_seed) : config(given) {
   key = HostTensor(c.dtype, {c.batch, c.kv_heads, c.key_tokens, c.head_size}, c.layout);
   value = HostTensor(c.dtype, {c.batch, c.kv_heads, c.key_tokens, c.value_size}, c.layout);
   grad_out = HostTensor(c.dtype, {c.batch, c.heads, c.query_tokens, c.value_size}, c.layout);
-  for (HostTensor* tensor : {&query, &key, &value, &grad_out}) tensor->fill_normal(random);
+  for (HostTensor* tensor : {&query, &key}) tensor->fill_normal(random, c.spread);
+  for (HostTensor* tensor : {&value, &grad_out}) tensor->fill_normal(random);
+  if (c.additive) {
+    const std::vector<int64_t> size = {1, 1, c.vectors_by_head ? c.heads : 1, c.head_size};
+    weight = HostTensor(real(), size);
+    weight.fill_normal(random, 2 / std::sqrt(static_cast<double>(std::max<int64_t>(c.head_size, 1))));
+    if (c.score_bias) {
+      score_bias = HostTensor(real(), size);
+      score_bias.fill_normal(random, c.spread);
+    }
+  }
   if (c.lse_gradient) {
     grad_lse = HostTensor(DType::kFloat64, {c.batch, c.heads, c.query_tokens, 1});
     grad_lse.fill_normal(random);
@@ -322,8 +340,7 @@ std::vector<int64_t> Problem::weights_size() const {
   return {config.batch, config.heads, no_rows ? 1 : config.query_tokens, no_columns ? 1 : config.key_tokens};
 }
 
-DotAttentionParams Problem::params() const {
-  DotAttentionParams p;
+void Problem::fill(AttentionParams& p) const {
   p.batch = sequences();
   p.heads = config.heads;
   p.kv_heads = config.kv_heads;
@@ -349,7 +366,6 @@ DotAttentionParams Problem::params() const {
     p.alibi_stride[1] = alibi.view().stride[3];
   }
   if (sink) p.sink = sink.data();
-  p.scale = config.scale;
   p.softcap = config.softcap;
   p.causal = config.causal;
   p.window_left = config.window_left;
@@ -358,7 +374,6 @@ DotAttentionParams Problem::params() const {
   p.seed = seed;
   p.offset = offset;
   p.weights_mode = config.weights_mode;
-  return p;
 }
 
 Results::Results(const Problem& problem) {
@@ -377,8 +392,14 @@ Results::Results(const Problem& problem) {
     if (c.weights_mode == WeightsMode::kRowMax)
       weights_index.assign(static_cast<size_t>(c.batch * c.heads * c.query_tokens), -7);
   }
+  if (c.additive) {
+    const std::vector<int64_t> size = {1, 1, c.vectors_by_head ? c.heads : 1, c.head_size};
+    grad_weight = HostTensor(problem.real(), size);
+    if (c.score_bias) grad_score_bias = HostTensor(problem.real(), size);
+  }
   // Whatever a kernel fails to write is NaN.
-  for (HostTensor* tensor : {&out, &lse, &delta, &grad_query, &grad_key, &grad_value, &grad_sink, &weights}) {
+  for (HostTensor* tensor : {&out, &lse, &delta, &grad_query, &grad_key, &grad_value, &grad_sink, &weights,
+                             &grad_weight, &grad_score_bias}) {
     tensor->fill_bytes(0xFF);
   }
   if (c.lse_gradient || c.weights_mode != WeightsMode::kNone) delta_shift = HostTensor(problem.real(), rows);
@@ -388,8 +409,29 @@ Results::Results(const Problem& problem) {
   }
 }
 
-DotAttentionParams Results::params(const Problem& problem) const {
-  DotAttentionParams p = problem.params();
+DotAttentionParams Results::dot_params(const Problem& problem) const {
+  DotAttentionParams p;
+  fill(problem, p);
+  p.scale = problem.config.scale;
+  return p;
+}
+
+AdditiveAttentionParams Results::additive_params(const Problem& problem) const {
+  AdditiveAttentionParams p;
+  fill(problem, p);
+  p.weight = problem.weight.data();
+  p.weight_by_head = problem.config.vectors_by_head;
+  p.grad_weight = grad_weight.data();
+  if (problem.score_bias) {
+    p.score_bias = problem.score_bias.data();
+    p.score_bias_by_head = problem.config.vectors_by_head;
+    p.grad_score_bias = grad_score_bias.data();
+  }
+  return p;
+}
+
+void Results::fill(const Problem& problem, AttentionParams& p) const {
+  problem.fill(p);
   p.out = out.view();
   p.lse = lse.data();
   if (weights) p.weights = weights.view();
@@ -404,7 +446,6 @@ DotAttentionParams Results::params(const Problem& problem) const {
   for (int i = 0; i < 2; ++i)
     if (grad_bias[i]) p.grad_bias[i] = grad_bias[i].view();
   if (grad_sink) p.grad_sink = grad_sink.data();
-  return p;
 }
 
 }  // namespace attnfast::native

@@ -1,5 +1,5 @@
-// One random call of the dot core: its shape, its tensors on exact-size heap buffers (so that AddressSanitizer sees the
-// first element read or written out of bounds) and the parameters a binding would pass.
+// One random call of the dot or the additive core: its shape, its tensors on exact-size heap buffers (so that
+// AddressSanitizer sees the first element read or written out of bounds) and the parameters a binding would pass.
 #pragma once
 
 #include <cmath>
@@ -120,6 +120,8 @@ struct Config {
   bool poison = false;  // NaN in every key, value and query that nothing may see
   bool lse_gradient = false;
   bool want_query = true, want_key = true, want_value = true;
+  bool additive = false, vectors_by_head = false, score_bias = false;
+  double spread = 1;  // of the elements of query, key and score_bias
 
   std::string text() const;
 };
@@ -131,6 +133,7 @@ Config random_config(Random& random);
 struct Problem {
   Config config;
   HostTensor query, key, value, mask, bias[2], alibi, sink, grad_out, grad_lse, grad_weights;
+  HostTensor weight, score_bias;  // [1, 1, H or 1, D]; additive only
   std::vector<int64_t> query_lengths, key_lengths, cu_seqlens_q, cu_seqlens_k;
   uint64_t seed = 0, offset = 0;
 
@@ -151,15 +154,20 @@ struct Problem {
   bool visible(int64_t b, int64_t h, int64_t q, int64_t k) const;
 
   std::vector<int64_t> weights_size() const;
-  DotAttentionParams params() const;
+  void fill(AttentionParams& params) const;
 };
 
 struct Results {
   HostTensor out, lse, weights, delta, delta_shift, grad_query, grad_key, grad_value, grad_bias[2], grad_sink;
+  HostTensor grad_weight, grad_score_bias;
   std::vector<int64_t> weights_index;
 
   explicit Results(const Problem& problem);
-  DotAttentionParams params(const Problem& problem) const;
+  DotAttentionParams dot_params(const Problem& problem) const;
+  AdditiveAttentionParams additive_params(const Problem& problem) const;
+
+ private:
+  void fill(const Problem& problem, AttentionParams& params) const;
 };
 
 }  // namespace attnfast::native
