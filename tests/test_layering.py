@@ -108,6 +108,7 @@ LAYERS = {
     "functional": 3,
     "_additive": 3,
     "_normalized": 3,
+    "_row_blocks": 3,
     "_prepare": 3,
     "_scores": 3,
     "_validate": 3,
