@@ -6,7 +6,7 @@
 torch.Size([2, 8, 128, 64])
 """
 
-from attnfast import reference
+from attnfast import nn, reference, viz
 from attnfast._ext import _C as _binary
 from attnfast.explain import explain
 from attnfast.functional import (
@@ -32,8 +32,10 @@ __all__ = [
     "available_isas",
     "explain",
     "get_isa",
+    "nn",
     "reference",
     "scaled_dot_product_attention",
     "set_isa",
     "varlen_attention",
+    "viz",
 ]

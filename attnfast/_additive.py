@@ -11,7 +11,7 @@ from attnfast import _prepare
 from attnfast import _validate as check
 from attnfast._additive_autograd import additive_attention as additive_core
 from attnfast._normalized import attend_normalized, is_normalized
-from attnfast._reference_core import additive_scores
+from attnfast._row_blocks import blocked_additive_scores
 from attnfast.reference import AttentionOutput, SampledAttentionOutput, real_dtype
 
 
@@ -63,7 +63,8 @@ def additive_attention(
         ``[D]``, or with a head axis ``[H, D]`` or ``[1, D]``; any floating dtype; differentiable.
     normalizer, causal, window, query_lengths, key_lengths, softcap, dropout_p, return_lse, return_weights
         See :func:`attention`. A `normalizer` other than softmax, and a `prior`, run as plain torch operations on the
-        formula, in O(T_q T_k D) memory.
+        formula, in O(T_q T_k) memory; their second derivatives, and all of them in forward mode and
+        under ``torch.func`` transforms, take O(T_q T_k D).
     mask, bias, prior : Tensor, optional
         See :func:`attention`; without a head axis they have none either: broadcastable to ``[..., T_q, T_k]``.
     alibi_slopes, sink : Tensor, optional
@@ -136,7 +137,7 @@ def additive_attention(
     shift = None if score_bias is None else _score_vector("score_bias", score_bias, query, headless)
     if is_normalized(normalizer, prior):
         call = _prepare._normalized(call, normalizer, prior)
-        score = additive_scores(vector, shift)
+        score = blocked_additive_scores(vector, shift)
         results = attend_normalized(*call.arguments, normalizer=normalizer, prior=call.prior, score=score)
         result = _prepare.finish(call, *results)
     else:

@@ -516,6 +516,71 @@ def test_memory_has_no_head_size_factor() -> None:
     assert largest < 4 * 200 * 200 * 8
 
 
+# --- additive scores in blocks of rows ------------------------------------------------------------------------------
+
+
+def additive_inputs() -> list[Tensor]:
+    shapes = ((2, 2, 5, 3), (2, 1, 4, 3), (2, 1, 4, 2), (2, 3), (2, 3))
+    return [rand(*shape, seed=seed).requires_grad_() for seed, shape in enumerate(shapes, start=41)]
+
+
+@pytest.mark.parametrize("elements", [1, 60, 130, 2**20], ids=["rows", "one", "two", "all"])
+@pytest.mark.parametrize("mask", [None, random_mask(5, 4), random_mask(4, 4)[:1]], ids=["open", "rows", "keys"])
+def test_blocks_of_rows_give_what_the_formula_gives(
+    monkeypatch: pytest.MonkeyPatch, elements: int, mask: Tensor | None
+) -> None:
+    """Values, first and second derivatives, with NaN in a key that some rows do not see."""
+    monkeypatch.setattr("attnfast._row_blocks._BLOCK_ELEMENTS", elements)
+    inputs = additive_inputs()
+    hidden = torch.ones(5, 4, dtype=torch.bool)
+    hidden[1:3, 2] = False
+    for poison in (None, NAN):
+        mask = hidden if poison else mask
+        tensors = [x.detach().clone() for x in inputs]
+        if poison:
+            tensors[1][..., 2, 0] = poison
+        answers = []
+        for function in (attnfast.additive_attention, reference.additive_attention):
+            leaves = [x.clone().requires_grad_() for x in tensors]
+            result = function(*leaves[:4], score_bias=leaves[4], normalizer="entmax15", mask=mask, return_weights=True)
+            rows = [1, 2] if poison else list(range(5))
+            loss = result.output[..., rows, :].square().sum() + result.weights[..., rows, :].pow(3).sum()
+            first = torch.autograd.grad(loss, leaves, retain_graph=True)
+            recorded = torch.autograd.grad(loss, leaves, create_graph=True)
+            second = torch.autograd.grad(sum(g.square().sum() for g in recorded), leaves)
+            answers.append([result.output, result.weights, *first, *recorded, *second])
+        for ours, wanted in zip(*answers, strict=True):
+            torch.testing.assert_close(ours, wanted, equal_nan=True)
+
+
+def test_blocks_of_rows_pass_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attnfast._row_blocks._BLOCK_ELEMENTS", 100)
+
+    def run(*inputs: Tensor) -> Tensor:
+        return attnfast.additive_attention(
+            *inputs[:4], score_bias=inputs[4], normalizer="sigmoid", mask=random_mask(5, 4)
+        )
+
+    inputs = additive_inputs()
+    assert torch.autograd.gradcheck(run, inputs, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(run, inputs)
+    for at in range(5):  # one gradient alone
+        leaves = [x.detach().requires_grad_(at == i) for i, x in enumerate(inputs)]
+        (alone,) = torch.autograd.grad(run(*leaves).sum(), leaves[at])
+        torch.testing.assert_close(alone, torch.autograd.grad(run(*inputs).sum(), inputs[at])[0])
+
+
+def test_blocks_of_rows_bound_the_memory() -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    leaves = [torch.randn(1, 300, 256, requires_grad=True) for _ in range(2)]
+    value, weight = torch.randn(1, 300, 8), torch.randn(256, requires_grad=True)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        attnfast.additive_attention(*leaves, value, weight, normalizer="sparsemax").sum().backward()
+    largest = max(event.self_cpu_memory_usage for event in trace.events())
+    assert largest < 300 * 300 * 256 * 4 / 4  # the whole [T_q, T_k, D] would be 92 MB
+
+
 def test_explain_names_the_way() -> None:
     tensors = operands()
     text = attnfast.explain(attnfast.attention, *tensors, normalizer="sparsemax")
