@@ -294,6 +294,14 @@ def test_every_scale_of_the_weights(isa: str, factor: float) -> None:
         assert_close_to_truth(a, b, c, name)
 
 
+def test_large_weights_leave_every_gradient_finite(isa: str) -> None:
+    """The lanes past the last query hold scores too, of 20000 and more, whose exponentials overflow."""
+    inputs = leaves(make(**SHAPES["tiles"], weight_scale=1000.0))
+    attnfast.additive_attention(**inputs).sum().backward()
+    for name, x in inputs.items():
+        assert x.grad is not None and x.grad.isfinite().all(), name
+
+
 def test_weights_of_very_different_size(isa: str) -> None:
     tensors = make(**SHAPES["tiles"])
     tensors["weight"] *= 10.0 ** torch.linspace(-12, 1, 40)
@@ -394,11 +402,13 @@ def test_sizes_of_zero(isa: str, zero: str) -> None:
 
 
 @pytest.mark.parametrize("shape", ["tiles", "split_decode", "grouped", "long", "panels"])
+@pytest.mark.parametrize("bias", ["by_key", "by_query"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
-def test_threads_do_not_change_a_bit(isa: str, shape: str, dtype: torch.dtype) -> None:
+def test_threads_do_not_change_a_bit(isa: str, shape: str, dtype: torch.dtype, bias: str) -> None:
     sizes = {**SHAPES[shape], "T_k": max(SHAPES[shape]["T_k"], 700)}  # enough for threads and for split keys
     tensors = make(**sizes, dtype=dtype)
-    tensors["bias"] = torch.randn(1, 1, 1, sizes["T_k"])
+    size = (1, 1, 1, sizes["T_k"]) if bias == "by_key" else (sizes["B"], sizes["H"], sizes["T_q"], 1)
+    tensors["bias"] = torch.randn(size)
 
     def all_results() -> list[Tensor]:
         inputs = leaves(tensors)
@@ -408,7 +418,7 @@ def test_threads_do_not_change_a_bit(isa: str, shape: str, dtype: torch.dtype) -
 
     torch.set_num_threads(1)
     one = all_results()
-    for threads in (2, 5):
+    for threads in (2, 5, 5, 5):
         torch.set_num_threads(threads)
         for a, b in zip(one, all_results(), strict=True):
             assert torch.equal(a, b)
