@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from helpers import HALVES, assert_close_to_truth, check_attention, error, leaves, oracle, problem, real, run_attention
 from torch import Tensor
 
+from attnfast import reference
+
 # ---------------------------------------------------------------------------------------------------- line 10: accuracy
 
 LONG: dict[str, dict[str, Any]] = {
@@ -54,6 +56,34 @@ def test_s10_error_rule_against_torch_sdpa(backend: Any, dtype: torch.dtype, nam
     for label, a, t, p in zip(("output", "grad_query", "grad_key", "grad_value"), found, truth, plain):
         assert a.dtype == dtype
         assert_close_to_truth(a, t, p, label, tight=dtype != torch.float64, slack=slack)
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": "bottom_right"}, {"bias": True}], ids=str)
+@pytest.mark.parametrize("tokens", [8, 64, 100, 300])
+@pytest.mark.parametrize("spread", [1e5, 1e8, 1e12])
+def test_s10_scores_beyond_any_exponent(backend: Any, spread: float, tokens: int, options: dict[str, Any]) -> None:
+    """Of scores from 1e10 to 1e24 one takes all the weight; rounding must neither lose it nor make it infinite."""
+    g = torch.Generator().manual_seed(tokens)
+    query, key, value, probe = (torch.randn(1, 2, tokens, 16, generator=g) for _ in range(4))
+    options = dict(options)
+    if "bias" in options:
+        options["bias"] = spread * torch.randn(tokens, tokens, generator=g)
+    inputs = {"query": (query * spread).requires_grad_(), "key": (key * spread).requires_grad_(), "value": value}
+    inputs["value"].requires_grad_()
+    result = backend.attention(**inputs, **options, return_lse=True, return_weights=True)
+    found = [result.output, result.weights, *torch.autograd.grad(result.output, list(inputs.values()), probe)]
+    doubles = {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
+    exact = {name: x.double() if isinstance(x, Tensor) else x for name, x in options.items()}
+    want = reference.attention(**doubles, **exact, return_lse=True, return_weights=True)
+    grads = torch.autograd.grad(want.output, list(doubles.values()), probe.double())
+    for label, a, t in zip(("output", "weights", "dq", "dk", "dv"), found, [want.output, want.weights, *grads]):
+        assert a.isfinite().all(), label
+        if label not in ("dq", "dk"):  # where one weight is 1 these are rounding times `spread`
+            assert error(a, t) <= 2e-6, label
+    plain = backend.attention(query * spread, key * spread, value, **options)
+    assert error(plain, want.output) <= 2e-6
+    loss = backend.attention(**inputs, **options)
+    assert error(torch.autograd.grad(loss, inputs["value"], probe)[0], grads[2]) <= 2e-6
 
 
 @pytest.mark.parametrize("spread", [1.0, 6.0, 40.0])

@@ -42,7 +42,7 @@ __attribute__((noinline)) void probability_tile(const HeadContext& c, const Scor
   constexpr int N = kLanes<R>, W = kPanel<R>;
   int vectors = (tile.nq + N - 1) / N;
   const R* table = exp2_table<R>();
-  if (c.p->softcap > 0) {
+  if (c.p->softcap > 0 || panel.minus_log) {
     raw_scores<R>(keys, c.p->head_size, panel.packed, P, tile.nk, vectors, tile.bands_or_null());
     finish_probabilities<R>(c, tile, score_scale(dot_params(c).scale).score, panel.minus_lse, panel.minus_log, P,
                             slope);
@@ -60,9 +60,6 @@ __attribute__((noinline)) void probability_tile(const HeadContext& c, const Scor
                      if (!plain) {
                        ATTNFAST_UNROLL for (int i = 0; i < M; i++) x[i] = tile.modify(x[i], r + i, j);
                      }
-                     if (__builtin_expect(panel.minus_log != nullptr, 0)) {
-                       ATTNFAST_UNROLL for (int i = 0; i < M; i++) x[i] += load(panel.minus_log + N * j);
-                     }
                      exp2_block<R, M>(x, table);
                      ATTNFAST_UNROLL for (int i = 0; i < M; i++) store(P + (r + i) * W + N * j, x[i]);
                    });
@@ -79,19 +76,14 @@ __attribute__((noinline)) void softmax_tile(const HeadContext& c, const ScoreTil
   bool plain = tile.plain();
   raw_scores<R>(keys, c.p->head_size, panel.packed, P, tile.nk, vectors, tile.bands_or_null());
   for (int j = 0; j < vectors; j++) {
-    Vec<R> maximum = splat(-infinity<R>()), sum{};
+    Vec<R> maximum = splat(-infinity<R>());
     for (int k = 0; k < tile.nk; k++) {
-      Vec<R> x = load(P + k * W + N * j) * factor;
+      Vec<R> x = rounded<R>(load(P + k * W + N * j) * factor);
       if (!plain) x = tile.modify(x, k, j);
       maximum = x > maximum ? x : maximum;
     }
     Vec<R> base = maximum == -infinity<R>() ? Vec<R>{} : maximum;
-    for (int k = 0; k < tile.nk; k++) {
-      Vec<R> x = load(P + k * W + N * j) * factor - base;
-      Vec<R> e = exp2v<R>(plain ? x : tile.modify(x, k, j));
-      sum += e;
-      store(P + k * W + N * j, e);
-    }
+    Vec<R> sum = exponentials<R>(tile, factor, base, j, P);
     Vec<R> inverse = sum == R(0) ? Vec<R>{} : R(1) / sum;
     for (int k = 0; k < tile.nk; k++) store(P + k * W + N * j, load(P + k * W + N * j) * inverse);
   }

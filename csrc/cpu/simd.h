@@ -301,6 +301,17 @@ ATTNFAST_INLINE void store_one(T* p, R x) {
   }
 }
 
+// x, rounded: what is added to it cannot be contracted with the product that made it.
+template <class R>
+ATTNFAST_INLINE Vec<R> rounded(Vec<R> x) {
+#if defined(__x86_64__)
+  asm("" : "+v"(x));
+#else
+  asm("" : "+m"(x));
+#endif
+  return x;
+}
+
 // ---------------------------------------------------------------- exp2 and tanh
 // Minimax polynomials of 2^f. The coefficients stay in memory and are used as broadcast operands: GCC 12 otherwise
 // keeps them in registers and spills the accumulators of the loop before.

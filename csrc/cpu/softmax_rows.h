@@ -30,6 +30,47 @@ struct PanelState {
   bool lazy;                     // every row has seen a key: the lazy maximum may be used
 };
 
+// Scores beyond this are rounded before the maximum is taken off, so that the largest gives exactly 0. Below it,
+// product and difference are rounded once, which is more exact; but what rounding takes off a huge score exceeds any
+// exponent.
+constexpr double kHugeScore = 0x1p20;
+template <class R>
+static inline bool any_huge(const R* row, int count) {
+  bool huge = false;
+  for (int i = 0; i < count; i++) {
+    R size = row[i] < R(0) ? -row[i] : row[i];
+    huge |= size > R(kHugeScore) && size != infinity<R>();
+  }
+  return huge;
+}
+
+// P[key] = exp2(score - base) for a vector of queries, the scores being P times `multiplier`, modified; their sums.
+template <class R>
+ATTNFAST_INLINE Vec<R> exponentials(const ScoreTile<R>& tile, R multiplier, Vec<R> base, int j, R* P) {
+  constexpr int N = kLanes<R>, W = kPanel<R>;
+  bool plain = tile.plain();
+  alignas(64) R bases[N];
+  store(bases, base);
+  Vec<R> sum{};
+  if (__builtin_expect(any_huge<R>(bases, N), 0)) {
+    for (int k = 0; k < tile.nk; k++) {
+      Vec<R> x = tile.modify(rounded<R>(load(P + k * W + N * j) * multiplier), k, j);
+      Vec<R> e = exp2v<R>(x - base);
+      sum += e;
+      store(P + k * W + N * j, e);
+    }
+    return sum;
+  }
+  for (int k = 0; k < tile.nk; k++) {
+    // Scaled and shifted in one rounding, before anything is added: exact where it matters, near the maximum.
+    Vec<R> x = load(P + k * W + N * j) * multiplier - base;
+    Vec<R> e = exp2v<R>(plain ? x : tile.modify(x, k, j));
+    sum += e;
+    store(P + k * W + N * j, e);
+  }
+  return sum;
+}
+
 // One step of the online softmax: `P` holds the raw scores of a tile, of which `factor` makes base-2 scores, and
 // receives their exponentials against the true maximum of what was seen; the running output is rescaled where that
 // grew.
@@ -46,18 +87,12 @@ __attribute__((noinline)) void softmax_step(const HeadContext& c, const ScoreTil
     Vec<R> old_sum = load(state.sum + N * j);
     Vec<R> old = old_sum == R(0) ? splat(-infinity<R>()) : -load(state.minus_max + N * j), maximum = old;
     for (int k = 0; k < tile.nk; k++) {
-      Vec<R> x = load(P + k * W + N * j) * multiplier;
+      Vec<R> x = rounded<R>(load(P + k * W + N * j) * multiplier);
       if (!plain) x = tile.modify(x, k, j);
       maximum = x > maximum ? x : maximum;
     }
-    Vec<R> base = maximum == -infinity<R>() ? Vec<R>{} : maximum, sum{};
-    for (int k = 0; k < tile.nk; k++) {
-      // Scaled and shifted in one rounding, before anything is added: exact where it matters, near the maximum.
-      Vec<R> x = load(P + k * W + N * j) * multiplier - base;
-      Vec<R> e = exp2v<R>(plain ? x : tile.modify(x, k, j));
-      sum += e;
-      store(P + k * W + N * j, e);
-    }
+    Vec<R> base = maximum == -infinity<R>() ? Vec<R>{} : maximum;
+    Vec<R> sum = exponentials<R>(tile, multiplier, base, j, P);
     Vec<R> rescale = exp2v<R>(old - base);
     sum += old_sum == R(0) ? Vec<R>{} : old_sum * rescale;
     store(state.minus_max + N * j, -base);
@@ -153,12 +188,7 @@ template <class R, class RawScores>
 bool split_huge_lse(const HeadContext& c, int64_t q0, int nq, double factor, R* minus_lse, R* minus_log, R* P,
                     ScoreScratch<R>& scratch, RawScores raw_scores) {
   constexpr int N = kLanes<R>, W = kPanel<R>;
-  bool huge = false;
-  for (int q = 0; q < nq; q++) {
-    R size = minus_lse[q] < R(0) ? -minus_lse[q] : minus_lse[q];
-    huge |= size > R(0x1p20) && size != infinity<R>();
-  }
-  if (!huge) return false;
+  if (!any_huge<R>(minus_lse, nq)) return false;
   SoftmaxState<R> state[W];
   for (int q = 0; q < W; q++) state[q] = {-infinity<R>(), R(0)};
   bool capped = c.p->softcap > 0;
@@ -171,7 +201,7 @@ bool split_huge_lse(const HeadContext& c, int64_t q0, int nq, double factor, R* 
     if (capped) apply_softcap<R>(*c.p, factor, P, nk, vectors, nullptr);
     for (int k = 0; k < nk; k++)
       for (int j = 0; j < vectors; j++) {
-        Vec<R> x = tile.modify(load(P + k * W + N * j) * multiplier, k, j);
+        Vec<R> x = tile.modify(rounded<R>(load(P + k * W + N * j) * multiplier), k, j);
         for (int i = 0; i < N && N * j + i < nq; i++) {
           SoftmaxState<R>& s = state[N * j + i];
           if (x[i] > s.maximum) {
@@ -209,9 +239,12 @@ __attribute__((noinline)) void finish_probabilities(const HeadContext& c, const 
   R multiplier = capped ? R(1) : R(factor);
   for (int k = 0; k < tile.nk; k++)
     for (int j = 0; j < vectors; j++) {
-      Vec<R> x = load(P + k * W + N * j) * multiplier + load(minus_lse + N * j);
-      x = tile.modify(x, k, j);
-      if (minus_log) x += load(minus_log + N * j);
+      Vec<R> x = load(P + k * W + N * j) * multiplier, shift = load(minus_lse + N * j);
+      if (minus_log) {  // rounded as in split_huge_lse
+        x = tile.modify(rounded<R>(x), k, j) + shift + load(minus_log + N * j);
+      } else {
+        x = tile.modify(x + shift, k, j);
+      }
       store(P + k * W + N * j, exp2v<R>(x, table));
     }
 }
