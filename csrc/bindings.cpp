@@ -471,9 +471,11 @@ py::object dot_attention_fwd(PyObject* const* items, Py_ssize_t given) {
   call.set_results(out, lse, weights, weights_index, weights_mode);
   call.set_modifiers(modifiers);
 
+  const KernelTable& table = kernels();
+  call.params.native_bf16 = table.native_bf16;
   {
     const py::gil_scoped_release no_gil;
-    kernels().dot_attention_fwd(call.params);
+    table.dot_attention_fwd(call.params);
   }
   return py::none();
 }
@@ -543,9 +545,11 @@ py::object dot_attention_bwd(PyObject* const* items, Py_ssize_t given) {
   call.set_modifier_gradients(modifiers, grad_bias, grad_sink);
   call.set_threads(threads);
 
+  const KernelTable& table = kernels();
+  params.native_bf16 = table.native_bf16;
   {
     const py::gil_scoped_release no_gil;
-    kernels().dot_attention_bwd(params);
+    table.dot_attention_bwd(params);
   }
   return py::none();
 }

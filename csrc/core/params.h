@@ -69,6 +69,9 @@ struct AttentionParams {
   Tensor4 grad_bias[2];       // Real, zero-filled, broadcast like bias: stride 0 dimensions are summed
   void* grad_sink = nullptr;  // Real, contiguous [H]
   int32_t threads = 1;        // torch.get_num_threads(): chooses the schedule, never the result
+
+  // The processor has AVX512_BF16, and bfloat16 operands are to be multiplied with it (KernelTable::native_bf16).
+  bool native_bf16 = false;
 };
 
 // The dot core: score = scale * query . key.

@@ -36,14 +36,18 @@ struct Backward {
   int bias;              // bias pass: which one
 };
 
+// With pairs of bfloat16, keys and values have the copy of a tile in their first half; keys, interleaved, in the
+// second.
 template <class R>
 struct BackwardScratch {
   R *queries, *grad_out, *packed, *packed_grad, *minus_lse, *minus_log, *minus_delta, *grad_query, *part_query;
-  R *keys, *values, *P, *S, *keep, *slope, *extra, *clean, *rows, *score;
+  R *keys, *values, *P, *S, *keep, *slope, *extra, *clean, *rows, *score, *plain;
+  BFloat16 *rounded_P, *rounded_S;  // [key][panel]
+  uint32_t *pairs_S, *key_pairs;    // [key / 2][panel], [key / 2][depth_pad]
   static int64_t size(const Backward<R>& f, int panels) {
     int64_t W = kPanel<R>, T = kKeyTile, both = f.depth_pad + f.value_pad, larger = T > W ? T : W;
-    return panels * W * (2 * both + 3 + 2 * f.depth_pad) + T * both + 5 * T * W + larger * both + W * T +
-           ScoreScratch<R>::size();
+    return panels * W * (2 * both + 3 + 2 * f.depth_pad) + T * both + 5 * T * W + 2 * larger * both + W * T +
+           3 * T * W / 2 + ScoreScratch<R>::size();
   }
   BackwardScratch(const Backward<R>& f, int panels, R* base) {
     int64_t W = kPanel<R>, T = kKeyTile, both = f.depth_pad + f.value_pad, larger = T > W ? T : W;
@@ -66,42 +70,55 @@ struct BackwardScratch {
     clean = extra + T * W;
     rows = clean + larger * both;
     score = rows + W * T;
+    plain = score + ScoreScratch<R>::size();
+    pairs_S = reinterpret_cast<uint32_t*>(plain + larger * both);
+    rounded_P = reinterpret_cast<BFloat16*>(pairs_S + T / 2 * W);
+    rounded_S = rounded_P + T * W;
+    key_pairs = reinterpret_cast<uint32_t*>(keys) + T / 2 * f.depth_pad;
   }
 };
 
 // One query panel of the backward pass.
-template <class R>
+template <class R, class T>
 struct GradPanel {
-  QueryPanel<R> query;
-  const R* packed_grad;  // dO^T [D_v][panel]
-  const R* minus_delta;  // [panel]
-  Rows<R> queries, grad_out;
+  QueryPanel<R, T> query;
+  const Packed<T>* packed_grad;      // dO^T, like query.packed
+  const R* minus_delta;              // [panel]
+  Rows<R> queries, grad_out;         // T = R
+  PairRows query_pairs, grad_pairs;  // T = BFloat16, if dK and dV are wanted
 };
 
-template <class R>
-GradPanel<R> load_panel(const Backward<R>& f, const HeadContext& c, int64_t q0, int nq, const BackwardScratch<R>& s,
-                        int slot) {
+template <class R, class T>
+GradPanel<R, T> load_panel(const Backward<R>& f, const HeadContext& c, int64_t q0, int nq, const BackwardScratch<R>& s,
+                           int slot, bool keys) {
   constexpr int W = kPanel<R>;
   const DotAttentionParams& p = *f.p;
-  R* packed = s.packed + slot * W * f.depth_pad;
-  R* packed_grad = s.packed_grad + slot * W * f.value_pad;
+  auto* packed = reinterpret_cast<Packed<T>*>(s.packed + slot * W * f.depth_pad);
+  auto* packed_grad = reinterpret_cast<Packed<T>*>(s.packed_grad + slot * W * f.value_pad);
+  R* queries = s.queries + slot * W * f.depth_pad;
+  R* grad_out = s.grad_out + slot * W * f.value_pad;
   R* minus_lse = s.minus_lse + slot * W;
   R* minus_log = s.minus_log + slot * W;
   R* minus_delta = s.minus_delta + slot * W;
-  GradPanel<R> panel;
+  int64_t query_offset = c.query_offset(p.query, q0), grad_offset = c.query_offset(p.grad_out, q0);
+  GradPanel<R, T> panel{};
   panel.queries =
-      get_rows<R>(p.query, c.query_offset(p.query, q0), nq, p.head_size, true, s.queries + slot * W * f.depth_pad);
-  panel.grad_out = get_rows<R>(p.grad_out, c.query_offset(p.grad_out, q0), nq, p.value_size, true,
-                               s.grad_out + slot * W * f.value_pad);
-  pack_transposed<R>(panel.queries, nq, p.head_size, packed, R(score_scale(p.scale).query), panel_stride<R>(nq));
-  pack_transposed<R>(panel.grad_out, nq, p.value_size, packed_grad, R(1), panel_stride<R>(nq));
+      pack_panel<T, R>(p.query, query_offset, nq, p.head_size, packed, R(score_scale(p.scale).query), queries);
+  panel.grad_out = pack_panel<T, R>(p.grad_out, grad_offset, nq, p.value_size, packed_grad, R(1), grad_out);
+  if constexpr (!std::is_same_v<R, T>) {
+    if (keys) {  // over the rows that packing left behind
+      panel.query_pairs = interleave_rows(p.query, query_offset, nq, p.head_size, reinterpret_cast<uint32_t*>(queries));
+      panel.grad_pairs =
+          interleave_rows(p.grad_out, grad_offset, nq, p.value_size, reinterpret_cast<uint32_t*>(grad_out));
+    }
+  }
   panel.query = {q0, nq, packed, minus_lse, nullptr};
   panel.packed_grad = packed_grad;
   panel.minus_delta = minus_delta;
   if (!p.lse) return panel;
   load_panel_lse<R>(c, q0, nq, minus_lse);
   ScoreScratch<R> score_scratch(s.score);
-  bool split = split_huge_lse<R>(c, q0, nq, packed, minus_lse, minus_log, s.keys, s.P, score_scratch);
+  bool split = split_huge_lse<R, T>(c, q0, nq, packed, minus_lse, minus_log, s.keys, s.P, score_scratch);
   const R* delta = static_cast<const R*>(p.delta) + c.row(q0);
   for (int q = 0; q < W; q++) minus_delta[q] = q < nq ? -delta[q] : R(0);
   if (split) panel.query.minus_log = minus_log;
@@ -110,17 +127,17 @@ GradPanel<R> load_panel(const Backward<R>& f, const HeadContext& c, int64_t q0, 
 
 // Fills S with dS and P with the applied probabilities of one tile. through_cap: dS with respect to the
 // score before the soft cap (for queries and keys), else after it (for a bias, which is added there).
-template <class R>
-__attribute__((noinline)) void gradient_tile(const HeadContext& c, const ScoreTile<R>& tile, Rows<R> keys,
-                                             Rows<R> values, const GradPanel<R>& panel, bool through_cap,
+template <class R, class T>
+__attribute__((noinline)) void gradient_tile(const HeadContext& c, const ScoreTile<R>& tile, Rows<T> keys,
+                                             Rows<T> values, const GradPanel<R, T>& panel, bool through_cap,
                                              const BackwardScratch<R>& s) {
   constexpr int N = kLanes<R>, W = kPanel<R>;
   const AttentionParams& p = *c.p;
   int vectors = (tile.nq + N - 1) / N;
   R *P = s.P, *S = s.S;
   if (!p.lse) {
-    softmax_tile<R>(c, tile, keys, panel.query, P);
-    raw_scores<R>(values, p.value_size, panel.packed_grad, S, tile.nk, vectors, tile.bands_or_null());
+    softmax_tile<R, T>(c, tile, keys, panel.query, P);
+    raw_scores<R, T>(values, steps_of<T>(p.value_size), panel.packed_grad, S, tile.nk, vectors, tile.bands_or_null());
     for (int j = 0; j < vectors; j++) {
       Vec<R> delta{};
       for (int k = 0; k < tile.nk; k++) {
@@ -134,23 +151,23 @@ __attribute__((noinline)) void gradient_tile(const HeadContext& c, const ScoreTi
     }
     return;
   }
-  probability_tile<R>(c, tile, keys, panel.query, P, s.slope);
+  probability_tile<R, T>(c, tile, keys, panel.query, P, s.slope);
   bool direct = p.dropout_p > 0 || p.grad_weights.data || p.softcap > 0;
   bool masked = tile.masked;
   if (!direct) {
-    score_product<R>(values, p.value_size, panel.packed_grad, panel.minus_delta, S, tile.nk, vectors,
-                     tile.bands_or_null(), R(0), [&](auto m, auto& x, int r, int j) ATTNFAST_LAMBDA {
-                       constexpr int M = decltype(m)::value;
-                       ATTNFAST_UNROLL for (int i = 0; i < M; i++) {
-                         Vec<R> w = load(P + (r + i) * W + N * j), y = w * x[i];
-                         // Selected, not multiplied: x may be NaN where the weight is zero by a mask.
-                         if (masked) y = w == R(0) ? Vec<R>{} : y;
-                         store(S + (r + i) * W + N * j, y);
-                       }
-                     });
+    score_product<R, T>(values, steps_of<T>(p.value_size), panel.packed_grad, panel.minus_delta, S, tile.nk, vectors,
+                        tile.bands_or_null(), R(0), [&](auto m, auto& x, int r, int j) ATTNFAST_LAMBDA {
+                          constexpr int M = decltype(m)::value;
+                          ATTNFAST_UNROLL for (int i = 0; i < M; i++) {
+                            Vec<R> w = load(P + (r + i) * W + N * j), y = w * x[i];
+                            // Selected, not multiplied: x may be NaN where the weight is zero by a mask.
+                            if (masked) y = w == R(0) ? Vec<R>{} : y;
+                            store(S + (r + i) * W + N * j, y);
+                          }
+                        });
     return;
   }
-  raw_scores<R>(values, p.value_size, panel.packed_grad, S, tile.nk, vectors, tile.bands_or_null());
+  raw_scores<R, T>(values, steps_of<T>(p.value_size), panel.packed_grad, S, tile.nk, vectors, tile.bands_or_null());
   if (p.grad_weights.data) weight_gradient_tile<R>(c, tile, s.rows, s.extra);
   if (p.dropout_p > 0) dropout_tile<R>(c, tile, s.keep);
   for (int k = 0; k < tile.nk; k++)
@@ -164,6 +181,45 @@ __attribute__((noinline)) void gradient_tile(const HeadContext& c, const ScoreTi
       store(S + i, w == R(0) ? Vec<R>{} : y);
       if (p.dropout_p > 0) store(P + i, w * load(s.keep + i));
     }
+}
+
+// What one tile, whose P and dS are in scratch, gives to dV and dK (KEYS) and to dQ (QUERIES).
+template <class R, class T, bool KEYS, bool QUERIES>
+void add_products(const Backward<R>& f, const HeadContext& c, const ScoreTile<R>& tile, Rows<R> keys,
+                  const PairRows& key_pairs, const GradPanel<R, T>& panel, const BackwardScratch<R>& s, R* grad_key,
+                  R* grad_value, R* grad_query) {
+  const DotAttentionParams& p = *f.p;
+  bool grad_done = false, query_done = false, key_done = false;
+  Rows<R> grad_out = panel.grad_out, queries = panel.queries;
+  if constexpr (!std::is_same_v<R, T>) {
+    grad_done = KEYS && (!tile.masked || panel.grad_pairs.finite);
+    query_done = KEYS && (!tile.masked || panel.query_pairs.finite);
+    key_done = QUERIES && (!tile.masked || key_pairs.finite);
+    if (query_done || key_done)
+      round_tile<R>(tile, s.S, query_done ? s.rounded_S : nullptr, key_done ? s.pairs_S : nullptr);
+    if (grad_done) {
+      round_tile<R>(tile, s.P, s.rounded_P, nullptr);
+      accumulate_pairs_by_key<R>(tile, s.rounded_P, panel.grad_pairs, p.value_size, grad_value, f.value_pad);
+    }
+    if (query_done)
+      accumulate_pairs_by_key<R>(tile, s.rounded_S, panel.query_pairs, p.head_size, grad_key, f.depth_pad);
+    if (key_done)
+      accumulate_pairs_by_query<R>(c, tile, s.pairs_S, key_pairs, p.head_size, grad_query, f.depth_pad, false);
+  }
+  constexpr bool kPairs = !std::is_same_v<R, T>;
+  if (KEYS && !grad_done) {
+    if (kPairs)
+      grad_out = get_rows<R>(p.grad_out, c.query_offset(p.grad_out, tile.q0), tile.nq, p.value_size, true, s.plain);
+    accumulate_by_key<R>(tile, s.P, grad_out, p.value_size, grad_value, f.value_pad, s.clean);
+  }
+  if (KEYS && !query_done) {
+    if (kPairs) queries = get_rows<R>(p.query, c.query_offset(p.query, tile.q0), tile.nq, p.head_size, true, s.plain);
+    accumulate_by_key<R>(tile, s.S, queries, p.head_size, grad_key, f.depth_pad, s.clean);
+  }
+  if (QUERIES && !key_done) {
+    if (kPairs) keys = get_rows<R>(p.key, c.key_offset(p.key, tile.k0), tile.nk, p.head_size, true, s.plain);
+    accumulate_by_query<R>(c, tile, s.S, keys, p.head_size, grad_query, f.depth_pad, false, s.clean);
+  }
 }
 
 // total[rows] = part, or total + part
@@ -187,7 +243,7 @@ void store_grad_query(const Backward<R>& f, const HeadContext& c, int64_t q0, in
 // Gradients of one key head (or one query head) over blocks [block0, block1) of queries and tiles [tile0, tile1) of
 // keys, which are whole parts if QUERIES. KEYS: form dK and dV of these tiles; QUERIES: form dQ of these blocks, or
 // with `part` not negative only what that part, being these tiles, gives to it.
-template <class R, bool KEYS, bool QUERIES>
+template <class R, class T, bool KEYS, bool QUERIES>
 void gradient_range(const Backward<R>& f, int64_t b, int64_t h0, int64_t h1, int64_t block0, int64_t block1,
                     int64_t tile0, int64_t tile1, int64_t part = -1) {
   constexpr int W = kPanel<R>;
@@ -224,7 +280,7 @@ void gradient_range(const Backward<R>& f, int64_t b, int64_t h0, int64_t h1, int
       int64_t valid = seq.queries - q0 < rows ? seq.queries - q0 : rows;
       bool started = false;  // grad_query holds a sum
       if (valid > 0) {
-        GradPanel<R> panels[kPanelsPerBlock];
+        GradPanel<R, T> panels[kPanelsPerBlock];
         bool loaded_panels = false;
         auto [begin, end] = visible_keys(c, q0, valid);
         if (begin < keys0) begin = keys0;
@@ -240,7 +296,9 @@ void gradient_range(const Backward<R>& f, int64_t b, int64_t h0, int64_t h1, int
             for (int64_t i = 0; i < rows * f.depth_pad; i++) s.part_query[i] = R(0);
             part_end = (k0 / kKeyTile / f.part_tiles + 1) * f.part_tiles * kKeyTile;
           }
-          Rows<R> keys{}, values{};
+          Rows<T> keys{}, values{};
+          Rows<R> plain_keys{};
+          PairRows key_pairs{};
           bool loaded = false;
           for (int i = 0; i * W < valid; i++) {
             int nq = int(valid - i * W < W ? valid - i * W : W);
@@ -249,31 +307,30 @@ void gradient_range(const Backward<R>& f, int64_t b, int64_t h0, int64_t h1, int
             if (!loaded_panels) {
               bool overwritten = false;  // splitting lse uses the tile's scratch
               for (int j = 0; j * W < valid; j++) {
-                panels[j] = load_panel<R>(f, c, q0 + j * W, int(valid - j * W < W ? valid - j * W : W), s, j);
+                panels[j] = load_panel<R, T>(f, c, q0 + j * W, int(valid - j * W < W ? valid - j * W : W), s, j, KEYS);
                 overwritten |= panels[j].query.minus_log != nullptr;
               }
               loaded_panels = true;
               if (overwritten) prepare_tile<R>(c, q0 + i * W, nq, k0, nk, score_scratch, tile);
             }
             if (!loaded) {
-              keys = get_rows<R>(p.key, c.key_offset(p.key, k0), nk, p.head_size, QUERIES, s.keys);
-              values = get_rows<R>(p.value, c.key_offset(p.value, k0), nk, p.value_size, false, s.values);
+              if constexpr (std::is_same_v<R, T>) {
+                keys = plain_keys = get_rows<R>(p.key, c.key_offset(p.key, k0), nk, p.head_size, QUERIES, s.keys);
+              } else {
+                keys = operand_rows<T>(p.key, c.key_offset(p.key, k0), nk, p.head_size, s.keys);
+                if (QUERIES) key_pairs = interleave_rows(p.key, c.key_offset(p.key, k0), nk, p.head_size, s.key_pairs);
+              }
+              values = operand_rows<T>(p.value, c.key_offset(p.value, k0), nk, p.value_size, s.values);
               loaded = true;
             }
-            const GradPanel<R>& panel = panels[i];
-            gradient_tile<R>(c, tile, keys, values, panel, true, s);
+            const GradPanel<R, T>& panel = panels[i];
+            gradient_tile<R, T>(c, tile, keys, values, panel, true, s);
             for (int n = 0; n < 2; n++)
               if (add_bias[n]) add_bias_gradient<R>(c, p.grad_bias[n], tile, s.S, s.extra);
-            if (KEYS) {
-              int64_t k = k0 - keys0;
-              accumulate_by_key<R>(tile, s.P, panel.grad_out, p.value_size, grad_value + k * f.value_pad, f.value_pad,
-                                   s.clean);
-              accumulate_by_key<R>(tile, s.S, panel.queries, p.head_size, grad_key + k * f.depth_pad, f.depth_pad,
-                                   s.clean);
-            }
-            if (QUERIES)
-              accumulate_by_query<R>(c, tile, s.S, keys, p.head_size, s.part_query + i * W * f.depth_pad, f.depth_pad,
-                                     false, s.clean);
+            int64_t k = k0 - keys0;
+            add_products<R, T, KEYS, QUERIES>(
+                f, c, tile, plain_keys, key_pairs, panel, s, KEYS ? grad_key + k * f.depth_pad : nullptr,
+                KEYS ? grad_value + k * f.value_pad : nullptr, s.part_query + i * W * f.depth_pad);
           }
         }
         if (QUERIES && part_end > 0) {
@@ -299,17 +356,17 @@ template <class R>
 int64_t sequence_at(const Backward<R>& f, int64_t i) {
   return f.order ? f.order[i] : i;
 }
-template <class R>
+template <class R, class T>
 void head_task(const Backward<R>& f, int64_t task) {
   int64_t b = sequence_at(f, task / f.p->kv_heads), kv = task % f.p->kv_heads, group = f.p->heads / f.p->kv_heads;
-  gradient_range<R, true, true>(f, b, kv * group, (kv + 1) * group, 0, f.blocks, 0, f.tiles);
+  gradient_range<R, T, true, true>(f, b, kv * group, (kv + 1) * group, 0, f.blocks, 0, f.tiles);
 }
-template <class R>
+template <class R, class T>
 void part_task(const Backward<R>& f, int64_t task) {
   // The first part of a causal sequence is seen by all queries: parts in order are the longest first.
   int64_t part = task / f.p->kv_heads % f.parts, b = sequence_at(f, task / f.p->kv_heads / f.parts);
   int64_t kv = task % f.p->kv_heads, group = f.p->heads / f.p->kv_heads, tile = part * f.part_tiles;
-  gradient_range<R, true, true>(f, b, kv * group, (kv + 1) * group, 0, f.blocks, tile, tile + f.part_tiles, part);
+  gradient_range<R, T, true, true>(f, b, kv * group, (kv + 1) * group, 0, f.blocks, tile, tile + f.part_tiles, part);
 }
 // Adds up what part_task left for one block of queries.
 template <class R>
@@ -331,17 +388,17 @@ void part_sum_task(const Backward<R>& f, int64_t task) {
   }
   store_grad_query<R>(f, c, q0, rows, started ? total : nullptr);
 }
-template <class R>
+template <class R, class T>
 void key_task(const Backward<R>& f, int64_t task) {
   int64_t tiles = task % f.tile_groups * kTilesPerTask, head = task / f.tile_groups;
   int64_t b = head / f.p->kv_heads, kv = head % f.p->kv_heads, group = f.p->heads / f.p->kv_heads;
-  gradient_range<R, true, false>(f, b, kv * group, (kv + 1) * group, 0, f.blocks, tiles, tiles + kTilesPerTask);
+  gradient_range<R, T, true, false>(f, b, kv * group, (kv + 1) * group, 0, f.blocks, tiles, tiles + kTilesPerTask);
 }
-template <class R>
+template <class R, class T>
 void query_task(const Backward<R>& f, int64_t task) {
   int64_t block = f.blocks - 1 - task % f.blocks, head = task / f.blocks;
   int64_t b = head / f.p->heads, h = head % f.p->heads;
-  gradient_range<R, false, true>(f, b, h, h + 1, block, block + 1, 0, f.tiles);
+  gradient_range<R, T, false, true>(f, b, h, h + 1, block, block + 1, 0, f.tiles);
 }
 
 // ---------------------------------------------------------------- the bias pass
@@ -354,7 +411,7 @@ void sink_task(const Backward<R>& f, int64_t h) {
   sink_gradient<R>(*f.p, h);
 }
 
-template <class R>
+template <class R, class T>
 void bias_task(const Backward<R>& f, int64_t task) {
   constexpr int W = kPanel<R>;
   const DotAttentionParams& p = *f.p;
@@ -377,14 +434,14 @@ void bias_task(const Backward<R>& f, int64_t task) {
           end = end < (unit + 1) * kKeyTile ? end : (unit + 1) * kKeyTile;
         }
         if (begin >= end) continue;
-        GradPanel<R> panel = load_panel<R>(f, c, q0, nq, s, 0);
+        GradPanel<R, T> panel = load_panel<R, T>(f, c, q0, nq, s, 0, false);
         for (int64_t k0 = begin; k0 < end; k0 += kKeyTile) {
           int nk = int(end - k0 < kKeyTile ? end - k0 : kKeyTile);
           ScoreTile<R> tile;
           if (!prepare_tile<R>(c, q0, nq, k0, nk, score_scratch, tile)) continue;
-          Rows<R> keys = get_rows<R>(p.key, c.key_offset(p.key, k0), nk, p.head_size, false, s.keys);
-          Rows<R> values = get_rows<R>(p.value, c.key_offset(p.value, k0), nk, p.value_size, false, s.values);
-          gradient_tile<R>(c, tile, keys, values, panel, false, s);
+          Rows<T> keys = operand_rows<T>(p.key, c.key_offset(p.key, k0), nk, p.head_size, s.keys);
+          Rows<T> values = operand_rows<T>(p.value, c.key_offset(p.value, k0), nk, p.value_size, s.values);
+          gradient_tile<R, T>(c, tile, keys, values, panel, false, s);
           add_bias_gradient<R>(c, grad, tile, s.S, s.extra);
         }
       }
@@ -398,7 +455,7 @@ void run(const Backward<R>& f, int64_t tasks, bool serial) {
       const_cast<Backward<R>*>(&f));
 }
 
-template <class R>
+template <class R, class T>
 void backward(const DotAttentionParams& p) {
   constexpr int64_t W = kPanel<R>;
   Backward<R> f{};
@@ -441,14 +498,14 @@ void backward(const DotAttentionParams& p) {
     f.order = order;
   }
   if (schedule == Schedule::kHeads) {
-    run<R, head_task<R>>(f, key_heads, serial);
+    run<R, head_task<R, T>>(f, key_heads, serial);
   } else if (schedule == Schedule::kParts) {
     f.part_query = static_cast<R*>(scratch(3, size_t(f.parts * query_bytes)));
-    run<R, part_task<R>>(f, key_heads * f.parts, serial);
+    run<R, part_task<R, T>>(f, key_heads * f.parts, serial);
     run<R, part_sum_task<R>>(f, heads * f.blocks, serial);
   } else {
-    if (f.keys) run<R, key_task<R>>(f, key_heads * f.tile_groups, serial);
-    if (f.queries) run<R, query_task<R>>(f, heads * f.blocks, serial);
+    if (f.keys) run<R, key_task<R, T>>(f, key_heads * f.tile_groups, serial);
+    if (f.queries) run<R, query_task<R, T>>(f, heads * f.blocks, serial);
   }
   for (f.bias = 0; f.bias < 2; f.bias++)
     if (BiasOwner owner = bias_owner(p, f.bias);
@@ -456,17 +513,14 @@ void backward(const DotAttentionParams& p) {
         !(schedule == Schedule::kParts ? owner.by_both
                                        : (owner.by_queries && f.queries) || (owner.by_keys && f.keys))) {
       BiasOwnership o = bias_ownership(p, f.bias, f.panels, f.tiles);
-      run<R, bias_task<R>>(f, o.batches * o.heads * o.units, serial);
+      run<R, bias_task<R, T>>(f, o.batches * o.heads * o.units, serial);
     }
 }
 
 }  // namespace
 
 void dot_attention_bwd(const DotAttentionParams& p) {
-  if (p.query.dtype == DType::kFloat64)
-    backward<double>(p);
-  else
-    backward<float>(p);
+  visit_operands(p, [&](auto real, auto operand) { backward<decltype(real), decltype(operand)>(p); });
 }
 
 }  // namespace attnfast::ATTNFAST_ISA

@@ -30,10 +30,11 @@ struct Forward : RowPartials<R> {
 template <class R>
 struct ForwardScratch {
   R *queries, *packed, *out, *probabilities, *keys, *values, *keep, *clean, *score;
+  uint32_t *weight_pairs, *value_pairs;  // of bfloat16: P [key / 2][panel] and the values [key / 2][value_pad]
   static int64_t size(const Forward<R>& f) {
     int64_t W = kPanel<R>;
     return W * f.depth_pad + f.panels * W * (f.depth_pad + f.value_pad) + 2 * kKeyTile * W +
-           kKeyTile * (f.depth_pad + 2 * f.value_pad) + ScoreScratch<R>::size();
+           kKeyTile * (f.depth_pad + 2 * f.value_pad) + kKeyTile / 2 * (W + f.value_pad) + ScoreScratch<R>::size();
   }
   ForwardScratch(const Forward<R>& f, R* base) {
     int64_t W = kPanel<R>;
@@ -46,22 +47,25 @@ struct ForwardScratch {
     values = keys + kKeyTile * f.depth_pad;
     clean = values + kKeyTile * f.value_pad;
     score = clean + kKeyTile * f.value_pad;
+    weight_pairs = reinterpret_cast<uint32_t*>(score + ScoreScratch<R>::size());
+    value_pairs = weight_pairs + kKeyTile / 2 * W;
   }
 };
 
 // The exact step: true maximum of the tile, then exponentials, with the running output rescaled where it grew.
-template <class R>
-__attribute__((noinline)) void exact_step(const HeadContext& c, const ScoreTile<R>& tile, Rows<R> keys, const R* packed,
-                                          R* P, R* out, int64_t value_pad, PanelState<R>& state) {
+template <class R, class T>
+__attribute__((noinline)) void exact_step(const HeadContext& c, const ScoreTile<R>& tile, Rows<T> keys,
+                                          const Packed<T>* packed, R* P, R* out, int64_t value_pad,
+                                          PanelState<R>& state) {
   int vectors = (tile.nq + kLanes<R> - 1) / kLanes<R>;
-  raw_scores<R>(keys, c.p->head_size, packed, P, tile.nk, vectors, tile.bands_or_null());
+  raw_scores<R, T>(keys, steps_of<T>(c.p->head_size), packed, P, tile.nk, vectors, tile.bands_or_null());
   softmax_step<R>(c, tile, score_scale(dot_params(c).scale).score, P, out, value_pad, state);
 }
 
 // Exponentials in the score epilogue, against the lazy maximum; false if a row sum left its range (nothing is kept).
-template <class R>
-__attribute__((noinline)) bool lazy_step(const HeadContext& c, const ScoreTile<R>& tile, Rows<R> keys, const R* packed,
-                                         R* P, PanelState<R>& state) {
+template <class R, class T>
+__attribute__((noinline)) bool lazy_step(const HeadContext& c, const ScoreTile<R>& tile, Rows<T> keys,
+                                         const Packed<T>* packed, R* P, PanelState<R>& state) {
   constexpr int N = kLanes<R>, W = kPanel<R>;
   int vectors = (tile.nq + N - 1) / N;
   alignas(64) R sums[W];
@@ -69,22 +73,22 @@ __attribute__((noinline)) bool lazy_step(const HeadContext& c, const ScoreTile<R
   const R* table = exp2_table<R>();
   bool plain = tile.plain();
   R factor = R(score_scale(dot_params(c).scale).score);
-  score_product<R>(keys, c.p->head_size, packed, nullptr, P, tile.nk, vectors, tile.bands_or_null(), R(0),
-                   [&](auto m, auto& x, int r, int j) ATTNFAST_LAMBDA {
-                     constexpr int M = decltype(m)::value;
-                     Vec<R> shift = load(state.minus_max + N * j);
-                     ATTNFAST_UNROLL for (int i = 0; i < M; i++) x[i] = x[i] * factor + shift;
-                     if (!plain) {
-                       ATTNFAST_UNROLL for (int i = 0; i < M; i++) x[i] = tile.modify(x[i], r + i, j);
-                     }
-                     Vec<R> sum = load(sums + N * j);
-                     exp2_block<R, M>(x, table);
-                     ATTNFAST_UNROLL for (int i = 0; i < M; i++) {
-                       sum += x[i];
-                       store(P + (r + i) * W + N * j, x[i]);
-                     }
-                     store(sums + N * j, sum);
-                   });
+  score_product<R, T>(keys, steps_of<T>(c.p->head_size), packed, nullptr, P, tile.nk, vectors, tile.bands_or_null(),
+                      R(0), [&](auto m, auto& x, int r, int j) ATTNFAST_LAMBDA {
+                        constexpr int M = decltype(m)::value;
+                        Vec<R> shift = load(state.minus_max + N * j);
+                        ATTNFAST_UNROLL for (int i = 0; i < M; i++) x[i] = x[i] * factor + shift;
+                        if (!plain) {
+                          ATTNFAST_UNROLL for (int i = 0; i < M; i++) x[i] = tile.modify(x[i], r + i, j);
+                        }
+                        Vec<R> sum = load(sums + N * j);
+                        exp2_block<R, M>(x, table);
+                        ATTNFAST_UNROLL for (int i = 0; i < M; i++) {
+                          sum += x[i];
+                          store(P + (r + i) * W + N * j, x[i]);
+                        }
+                        store(sums + N * j, sum);
+                      });
   bool good = true;
   for (int j = 0; j < vectors; j++) {
     Vec<R> total = load(state.sum + N * j) + load(sums + N * j);
@@ -97,9 +101,10 @@ __attribute__((noinline)) bool lazy_step(const HeadContext& c, const ScoreTile<R
   return true;
 }
 
-template <class R>
+template <class R, class T>
 void forward_task(const Forward<R>& f, int64_t task) {
   constexpr int W = kPanel<R>;
+  constexpr bool kPairs = !std::is_same_v<R, T>;
   const DotAttentionParams& p = f.p;
   int64_t split = task % f.splits, block = task / f.splits % f.blocks, head = task / f.splits / f.blocks;
   HeadContext c = head_context(p, head / p.heads, head % p.heads, f.group);
@@ -127,6 +132,7 @@ void forward_task(const Forward<R>& f, int64_t task) {
     begin = begin > low ? begin / kKeyTile * kKeyTile : low;
     end = end < high ? end : high;
     bool packed = false;
+    auto packed_panel = [&](int i) { return reinterpret_cast<Packed<T>*>(s.packed + i * W * f.depth_pad); };
     // With ALiBi scores grow towards a query's own position, by more than the lazy maximum bears within a few tiles. So
     // the tile that the last query stands on comes first, the ones before it next, backwards, and then those after it.
     int64_t tiles_here = end > begin ? (end - begin + kKeyTile - 1) / kKeyTile : 0;
@@ -136,7 +142,9 @@ void forward_task(const Forward<R>& f, int64_t task) {
       int64_t k0 = begin + (step <= turn ? turn - step : step) * kKeyTile;
       int nk = int(end - k0 < kKeyTile ? end - k0 : kKeyTile);
       bool loaded = false;
-      Rows<R> keys{}, values{};
+      Rows<T> keys{};
+      Rows<R> values{};
+      PairRows value_pairs{};
       for (int i = 0; i < panels; i++) {
         int64_t first = q0 + i * W;
         int nq = int(q0 + valid - first < W ? q0 + valid - first : W);
@@ -145,31 +153,46 @@ void forward_task(const Forward<R>& f, int64_t task) {
         if (!packed) {
           for (int j = 0; j < panels && j * W < valid; j++) {
             int count = int(valid - j * W < W ? valid - j * W : W);
-            Rows<R> q = get_rows<R>(p.query, c.query_offset(p.query, q0 + j * W), count, p.head_size, true, s.queries);
-            pack_transposed<R>(q, count, p.head_size, s.packed + j * W * f.depth_pad, f.query_scale,
-                               panel_stride<R>(count));
+            pack_panel<T, R>(p.query, c.query_offset(p.query, q0 + j * W), count, p.head_size, packed_panel(j),
+                             f.query_scale, s.queries);
           }
           packed = true;
         }
         if (!loaded) {
-          keys = get_rows<R>(p.key, c.key_offset(p.key, k0), nk, p.head_size, false, s.keys);
-          values = get_rows<R>(p.value, c.key_offset(p.value, k0), nk, p.value_size, true, s.values);
+          keys = operand_rows<T>(p.key, c.key_offset(p.key, k0), nk, p.head_size, s.keys);
+          if constexpr (kPairs)
+            value_pairs = interleave_rows(p.value, c.key_offset(p.value, k0), nk, p.value_size, s.value_pairs);
+          else
+            values = get_rows<R>(p.value, c.key_offset(p.value, k0), nk, p.value_size, true, s.values);
           loaded = true;
         }
-        const R* queries = s.packed + i * W * f.depth_pad;
+        const Packed<T>* queries = packed_panel(i);
         R* out = s.out + i * W * f.value_pad;
         bool lazy = state[i].lazy && p.softcap <= 0 && exact_left[i] == 0;
         if (exact_left[i] > 0) exact_left[i]--;
-        if (!lazy || !lazy_step<R>(c, tile, keys, queries, s.probabilities, state[i])) {
+        if (!lazy || !lazy_step<R, T>(c, tile, keys, queries, s.probabilities, state[i])) {
           // Scores that left their range once will do so again: the next tiles are not tried the fast way first.
           if (lazy) exact_left[i] = kExactTiles;
-          exact_step<R>(c, tile, keys, queries, s.probabilities, out, f.value_pad, state[i]);
+          exact_step<R, T>(c, tile, keys, queries, s.probabilities, out, f.value_pad, state[i]);
         }
         if (p.dropout_p > 0) {
           dropout_tile<R>(c, tile, s.keep);
           multiply_tile<R>(tile, s.probabilities, s.keep);
         }
-        accumulate_by_query<R>(c, tile, s.probabilities, values, p.value_size, out, f.value_pad, !started[i], s.clean);
+        bool done = false;
+        if constexpr (kPairs) {
+          done = !tile.masked || value_pairs.finite;
+          if (done) {
+            round_tile<R>(tile, s.probabilities, nullptr, s.weight_pairs);
+            accumulate_pairs_by_query<R>(c, tile, s.weight_pairs, value_pairs, p.value_size, out, f.value_pad,
+                                         !started[i]);
+          } else {
+            values = get_rows<R>(p.value, c.key_offset(p.value, k0), nk, p.value_size, true, s.values);
+          }
+        }
+        if (!done)
+          accumulate_by_query<R>(c, tile, s.probabilities, values, p.value_size, out, f.value_pad, !started[i],
+                                 s.clean);
         started[i] = true;
       }
     }
@@ -193,7 +216,7 @@ void group_heads(DotAttentionParams& p) {
   p.query_tokens = group;
 }
 
-template <class R>
+template <class R, class T>
 void forward(const DotAttentionParams& params) {
   Forward<R> f;
   f.p = params;
@@ -238,7 +261,7 @@ void forward(const DotAttentionParams& params) {
   bool serial = work < kSerialWork;
   parallel_tasks(
       tasks * f.splits, serial,
-      [](void* context, int64_t task) { forward_task<R>(*static_cast<const Forward<R>*>(context), task); }, &f);
+      [](void* context, int64_t task) { forward_task<R, T>(*static_cast<const Forward<R>*>(context), task); }, &f);
   if (f.splits > 1)
     parallel_tasks(
         f.rows_total, serial,
@@ -254,10 +277,8 @@ void forward(const DotAttentionParams& params) {
 void dot_attention_fwd(const DotAttentionParams& p) {
   if (dot_attention_decode(p)) {
     // one query per head, handled
-  } else if (p.query.dtype == DType::kFloat64) {
-    forward<double>(p);
   } else {
-    forward<float>(p);
+    visit_operands(p, [&](auto real, auto operand) { forward<decltype(real), decltype(operand)>(p); });
   }
   if (p.weights_mode != WeightsMode::kNone) dot_attention_weights(p);
 }

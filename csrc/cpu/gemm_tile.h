@@ -14,9 +14,31 @@ namespace {
 template <int N>
 using Int = std::integral_constant<int, N>;
 
-// c[i][j] += sum_k a(i, k) * B[k][lane], M rows, N vectors; a(i, k) = A[k * sa + i] if TRANSPOSED, else A[i * sa + k].
-template <class R, int M, int N, bool TRANSPOSED>
-ATTNFAST_INLINE void multiply(int64_t depth, const R* A, int64_t sa, const R* B, int64_t sb, Vec<R> (&c)[M][N]) {
+template <class A>
+ATTNFAST_INLINE auto load_step(const A* p) {
+  if constexpr (std::is_same_v<A, BFloat16>)
+    return load_pair(p);
+  else
+    return *p;
+}
+template <class R>
+ATTNFAST_INLINE void multiply_add(Vec<R>& c, Vec<R> a, Vec<R> b) {
+  c += a * b;
+}
+#if ATTNFAST_PAIRS
+template <class R>
+ATTNFAST_INLINE void multiply_add(VecF& c, U32 a, U32 b) {
+  dot_pairs(c, a, b);
+}
+#endif
+
+// c[i][j] += sum_k a(i, k) * B[k][lane], M rows, N vectors; a(i, k) = A[k * sa + i] if TRANSPOSED, else
+// A[i * sa + k * kStep].
+template <class R, int M, int N, bool TRANSPOSED, class A>
+ATTNFAST_INLINE void multiply(int64_t depth, const A* a, int64_t sa, const Packed<A>* B, int64_t sb,
+                              Vec<R> (&c)[M][N]) {
+  auto at = [&](int64_t k, int i)
+                ATTNFAST_LAMBDA { return splat(load_step(TRANSPOSED ? a + k * sa + i : a + i * sa + k * kStep<A>)); };
   int64_t k = 0;
   if constexpr (N == 1 && M <= 2) {
     // One or two accumulators would wait for themselves at every step: a few partial sums keep the processor busy.
@@ -24,9 +46,8 @@ ATTNFAST_INLINE void multiply(int64_t depth, const R* A, int64_t sa, const R* B,
     Vec<R> part[kParts][M] = {};
     for (; k + kParts <= depth; k += kParts) {
       ATTNFAST_UNROLL for (int j = 0; j < kParts; j++) {
-        Vec<R> b = load(B + (k + j) * sb);
-        ATTNFAST_UNROLL for (int i = 0; i < M; i++) part[j][i] +=
-            splat(TRANSPOSED ? A[(k + j) * sa + i] : A[i * sa + k + j]) * b;
+        auto b = load(B + (k + j) * sb);
+        ATTNFAST_UNROLL for (int i = 0; i < M; i++) multiply_add<R>(part[j][i], at(k + j, i), b);
       }
     }
     ATTNFAST_UNROLL for (int i = 0; i < M; i++) {
@@ -36,11 +57,11 @@ ATTNFAST_INLINE void multiply(int64_t depth, const R* A, int64_t sa, const R* B,
   }
 #pragma GCC unroll 4
   for (; k < depth; k++) {
-    Vec<R> b[N];
+    Vec<Packed<A>> b[N];
     ATTNFAST_UNROLL for (int j = 0; j < N; j++) b[j] = load(B + k * sb + kLanes<R> * j);
     ATTNFAST_UNROLL for (int i = 0; i < M; i++) {
-      Vec<R> a = splat(TRANSPOSED ? A[k * sa + i] : A[i * sa + k]);
-      ATTNFAST_UNROLL for (int j = 0; j < N; j++) c[i][j] += a * b[j];
+      auto x = at(k, i);
+      ATTNFAST_UNROLL for (int j = 0; j < N; j++) multiply_add<R>(c[i][j], x, b[j]);
     }
   }
 }
@@ -81,12 +102,12 @@ struct LaneBands {
 };
 
 // out(Int<M>, x, r, j): the M finished vectors of keys r.. in vector column j,
-//   x[i] = init[j] + sum_d A[r + i][d] * bt[d][j], bt packed with panel_stride
+//   x[i] = init[j] + sum_d A[r + i][d] * bt[d][j], bt packed with panel_stride; `depth` in steps
 // The depth is cut so that the packed operand stays in L1; partial sums wait in buf. With bands, vectors that no lane
 // of a row block can see are not formed and buf holds `hole` there.
-template <class R, class Out>
-ATTNFAST_INLINE void score_product(Rows<R> A, int64_t depth, const R* bt, const R* init, R* buf, int rows, int vectors,
-                                   const LaneBands* bands, R hole, Out out) {
+template <class R, class T, class Out>
+ATTNFAST_INLINE void score_product(Rows<T> A, int64_t depth, const Packed<T>* bt, const R* init, R* buf, int rows,
+                                   int vectors, const LaneBands* bands, R hole, Out out) {
   constexpr int N0 = kLanes<R>, W = kPanel<R>;
   int64_t chunks = depth > 80 ? (depth + 79) / 80 : 1, chunk = (depth + chunks - 1) / chunks;
   for (int64_t piece = 0; piece < chunks; piece++) {
@@ -100,7 +121,7 @@ ATTNFAST_INLINE void score_product(Rows<R> A, int64_t depth, const R* bt, const 
         int end = (bands->end[r + M - 1] + N0 - 1) / N0;
         j1 = end < vectors ? end : vectors;
       }
-      const R* a = A.data + r * A.stride + d0;
+      const T* a = A.data + r * A.stride + d0 * kStep<T>;
       ATTNFAST_UNROLL for (int i = 0; i < M; i++) {  // the next row block, while this one computes
         const char* next = reinterpret_cast<const char*>(a + (M + i) * A.stride);
         ATTNFAST_UNROLL for (int line = 0; line < 4; line++) prefetch(next + 64 * line);
@@ -119,7 +140,7 @@ ATTNFAST_INLINE void score_product(Rows<R> A, int64_t depth, const R* bt, const 
               load(b + i * W + N0 * v);
         }
         int64_t stride = N == 1 && vectors == 1 ? N0 : W;
-        multiply<R, M, N, false>(count, a, A.stride, bt + d0 * stride + N0 * j, stride, c);
+        multiply<R, M, N, false, T>(count, a, A.stride, bt + d0 * stride + N0 * j, stride, c);
         if (last) {
           ATTNFAST_UNROLL for (int v = 0; v < N; v++) {
             Vec<R> x[M];
@@ -142,26 +163,26 @@ ATTNFAST_INLINE void score_product(Rows<R> A, int64_t depth, const R* bt, const 
 }
 
 // The products alone: buf[key][query].
-template <class R>
-__attribute__((noinline)) void raw_scores(Rows<R> A, int64_t depth, const R* bt, R* buf, int rows, int vectors,
+template <class R, class T>
+__attribute__((noinline)) void raw_scores(Rows<T> A, int64_t depth, const Packed<T>* bt, R* buf, int rows, int vectors,
                                           const LaneBands* bands) {
-  score_product<R>(A, depth, bt, nullptr, buf, rows, vectors, bands, R(0),
-                   [&](auto m, auto& x, int r, int j) ATTNFAST_LAMBDA {
-                     ATTNFAST_UNROLL for (int i = 0; i < decltype(m)::value; i++)
-                         store(buf + (r + i) * kPanel<R> + kLanes<R> * j, x[i]);
-                   });
+  score_product<R, T>(A, depth, bt, nullptr, buf, rows, vectors, bands, R(0),
+                      [&](auto m, auto& x, int r, int j) ATTNFAST_LAMBDA {
+                        ATTNFAST_UNROLL for (int i = 0; i < decltype(m)::value; i++)
+                            store(buf + (r + i) * kPanel<R> + kLanes<R> * j, x[i]);
+                      });
 }
 
 // One row block of C += A B: M rows, `vectors` vectors wide, contraction over `depth`.
-template <class R, int M, bool TRANSPOSED>
-ATTNFAST_INLINE void multiply_rows(int64_t depth, const R* A, int64_t sa, const R* B, int64_t sb, R* C, int64_t sc,
-                                   int begin, int end, bool fresh) {
+template <class R, int M, bool TRANSPOSED, class T>
+ATTNFAST_INLINE void multiply_rows(int64_t depth, const T* A, int64_t sa, const Packed<T>* B, int64_t sb, R* C,
+                                   int64_t sc, int begin, int end, bool fresh) {
   constexpr int N0 = kLanes<R>;
   for_strips(begin, end, [&](auto n, int j) ATTNFAST_LAMBDA {
     constexpr int N = decltype(n)::value;
     R* c0 = C + N0 * j;
     Vec<R> c[M][N] = {};
-    multiply<R, M, N, TRANSPOSED>(depth, A, sa, B + N0 * j, sb, c);
+    multiply<R, M, N, TRANSPOSED, T>(depth, A, sa, B + N0 * j, sb, c);
     ATTNFAST_UNROLL for (int i = 0; i < M; i++) ATTNFAST_UNROLL for (int v = 0; v < N; v++) {
       R* p = c0 + i * sc + N0 * v;
       store(p, fresh ? c[i][v] : load(p) + c[i][v]);
@@ -171,9 +192,9 @@ ATTNFAST_INLINE void multiply_rows(int64_t depth, const R* A, int64_t sa, const 
 
 // C[rows][vectors] (+)= A B, where range(Int<M>, r, begin, end) may shorten the contraction [begin, end) of a row
 // block. One strip of B at a time stays in L1 while all row blocks pass over it.
-template <class R, bool TRANSPOSED, class Range>
-ATTNFAST_INLINE void multiply_panel(int rows, int64_t depth, const R* A, int64_t sa, Rows<R> B, R* C, int64_t sc,
-                                    int vectors, bool fresh, Range range) {
+template <class R, bool TRANSPOSED, class T, class Range>
+ATTNFAST_INLINE void multiply_panel(int rows, int64_t depth, const T* A, int64_t sa, Rows<Packed<T>> B, R* C,
+                                    int64_t sc, int vectors, bool fresh, Range range) {
   for (int j = 0; j < vectors; j += kTileCols) {
     int end = j + kTileCols < vectors ? j + kTileCols : vectors;
     for_row_blocks(rows, [&](auto m, int r) ATTNFAST_LAMBDA {
@@ -182,8 +203,8 @@ ATTNFAST_INLINE void multiply_panel(int rows, int64_t depth, const R* A, int64_t
       range(m, r, k0, k1);
       if (k0 >= k1 && !fresh) return;
       int64_t n = k1 > k0 ? k1 - k0 : 0;
-      const R* a = TRANSPOSED ? A + k0 * sa + r : A + r * sa + k0;
-      multiply_rows<R, M, TRANSPOSED>(n, a, sa, B.data + k0 * B.stride, B.stride, C + r * sc, sc, j, end, fresh);
+      const T* a = TRANSPOSED ? A + k0 * sa + r : A + r * sa + k0 * kStep<T>;
+      multiply_rows<R, M, TRANSPOSED, T>(n, a, sa, B.data + k0 * B.stride, B.stride, C + r * sc, sc, j, end, fresh);
     });
   }
 }

@@ -1,8 +1,10 @@
 // The table of kernels per ISA variant, and its choice: cpuid once, lowered on request.
 #include "cpu/isa.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <iterator>
 #include <stdexcept>
 
 namespace attnfast {
@@ -28,26 +30,35 @@ ATTNFAST_DECLARE(avx512)
 
 namespace {
 
-#define ATTNFAST_TABLE(isa)            \
-  {#isa,                               \
-   isa::dot_attention_fwd,             \
-   isa::dot_attention_bwd,             \
-   isa::dot_attention_decode_obstacle, \
-   isa::additive_attention_fwd,        \
-   isa::additive_attention_bwd,        \
-   isa::yardstick_fma,                 \
+#define ATTNFAST_TABLE(isa, name, native_bf16) \
+  {name,                                       \
+   native_bf16,                                \
+   isa::dot_attention_fwd,                     \
+   isa::dot_attention_bwd,                     \
+   isa::dot_attention_decode_obstacle,         \
+   isa::additive_attention_fwd,                \
+   isa::additive_attention_bwd,                \
+   isa::yardstick_fma,                         \
    isa::yardstick_read}
 
-// From the lowest to the best.
+// From the lowest to the best. The last two are the same code, told whether it may multiply in bfloat16.
 constexpr KernelTable kTables[] = {
-    ATTNFAST_TABLE(baseline),
+    ATTNFAST_TABLE(baseline, "baseline", false),
 #if ATTNFAST_HAVE_AVX2
-    ATTNFAST_TABLE(avx2),
+    ATTNFAST_TABLE(avx2, "avx2", false),
 #endif
 #if ATTNFAST_HAVE_AVX512
-    ATTNFAST_TABLE(avx512),
+    ATTNFAST_TABLE(avx512, "avx512", false),
+    ATTNFAST_TABLE(avx512, "avx512_bf16", true),
 #endif
 };
+
+// The variants form a ladder: each needs its own features and those of the ones below it, built or not.
+constexpr const char* kLadder[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+
+size_t rung(const std::string& isa) {
+  return size_t(std::find(std::begin(kLadder), std::end(kLadder), isa) - std::begin(kLadder));
+}
 
 struct Feature {
   const char* name;
@@ -65,7 +76,7 @@ const std::vector<Feature>& features() {
         ATTNFAST_FEATURE("avx2", "avx2"),       ATTNFAST_FEATURE("avx2", "fma"),
         ATTNFAST_FEATURE("avx2", "f16c"),       ATTNFAST_FEATURE("avx512", "avx512f"),
         ATTNFAST_FEATURE("avx512", "avx512bw"), ATTNFAST_FEATURE("avx512", "avx512vl"),
-        ATTNFAST_FEATURE("avx512", "avx512dq"),
+        ATTNFAST_FEATURE("avx512", "avx512dq"), ATTNFAST_FEATURE("avx512_bf16", "avx512bf16"),
     };
   }();
 #else
@@ -74,12 +85,10 @@ const std::vector<Feature>& features() {
   return found;
 }
 
-// The variants form a ladder: each needs its own features and those of the ones below it.
 std::string missing_features(const std::string& isa) {
   std::string missing;
-  if (isa == kTables[0].name) return missing;
   for (const Feature& feature : features()) {
-    if (!feature.present && (feature.isa == isa || isa == "avx512")) {
+    if (!feature.present && rung(feature.isa) <= rung(isa)) {
       missing += (missing.empty() ? "" : ", ") + std::string(feature.name);
     }
   }
@@ -111,7 +120,7 @@ const KernelTable* find_table(const std::string& name) {
     }
     return &table;
   }
-  if (name == "avx2" || name == "avx512") {
+  if (rung(name) < std::size(kLadder)) {
     throw std::invalid_argument("ISA '" + name + "' is not part of this build" + choices);
   }
   throw std::invalid_argument("unknown ISA '" + name + "'" + choices);

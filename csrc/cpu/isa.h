@@ -12,6 +12,7 @@ namespace attnfast {
 
 struct KernelTable {
   const char* name;
+  bool native_bf16;  // to be handed on as AttentionParams::native_bf16
   void (*dot_attention_fwd)(const DotAttentionParams&);
   void (*dot_attention_bwd)(const DotAttentionParams&);
   const char* (*dot_attention_decode_obstacle)(const DotAttentionParams&);

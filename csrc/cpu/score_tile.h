@@ -304,22 +304,32 @@ __attribute__((noinline)) void zero_nonfinite(Rows<R> rows, int count, int64_t c
   clean.rows = {scratch, stride};
 }
 
+// The keys [k0, k1) of a tile that some of m queries from r see, and the queries that see some of m keys.
+template <class R>
+ATTNFAST_INLINE void seen_keys(const HeadContext& c, const ScoreTile<R>& tile, int r, int m, int64_t& k0, int64_t& k1) {
+  if (!tile.limited) return;
+  k0 = clamp_index(first_key(c.band, c.position(tile.q0 + r)) - tile.k0, 0, tile.nk);
+  k1 = clamp_index(end_key(c.band, c.position(tile.q0 + r + m - 1)) - tile.k0, 0, tile.nk);
+}
+template <class R>
+ATTNFAST_INLINE void seeing_queries(const ScoreTile<R>& tile, int r, int m, int64_t& q0, int64_t& q1) {
+  if (!tile.limited) return;
+  q0 = tile.bands.begin[r];
+  q1 = tile.bands.end[r + m - 1] < tile.nq ? tile.bands.end[r + m - 1] : tile.nq;
+}
+
 // C[query] (+)= sum over keys of P[key][query] * B[key]
 template <class R>
 __attribute__((noinline)) void accumulate_by_query(const HeadContext& c, const ScoreTile<R>& tile, const R* P,
                                                    Rows<R> B, int64_t cols, R* C, int64_t sc, bool fresh, R* scratch) {
   constexpr int W = kPanel<R>;
   int vectors = int(padded<R>(cols) / kLanes<R>);
-  auto range = [&](auto m, int r, int64_t& k0, int64_t& k1) ATTNFAST_LAMBDA {
-    if (!tile.limited) return;
-    constexpr int M = decltype(m)::value;
-    k0 = clamp_index(first_key(c.band, c.position(tile.q0 + r)) - tile.k0, 0, tile.nk);
-    k1 = clamp_index(end_key(c.band, c.position(tile.q0 + r + M - 1)) - tile.k0, 0, tile.nk);
-  };
+  auto range = [&](auto m, int r, int64_t& k0, int64_t& k1)
+                   ATTNFAST_LAMBDA { seen_keys<R>(c, tile, r, decltype(m)::value, k0, k1); };
   CleanRows<R> clean{B, {}};
   bool dirty = tile.masked && has_nonfinite<R>(B, tile.nk, cols);
   if (dirty) zero_nonfinite<R>(B, tile.nk, cols, scratch, clean);
-  multiply_panel<R, true>(tile.nq, tile.nk, P, W, clean.rows, C, sc, vectors, fresh, range);
+  multiply_panel<R, true, R>(tile.nq, tile.nk, P, W, clean.rows, C, sc, vectors, fresh, range);
   for (int k = 0; dirty && k < tile.nk; k++)
     for (int q = 0; clean.bad[k] && q < tile.nq; q++)
       if (tile.visible(q, k))
@@ -332,20 +342,66 @@ __attribute__((noinline)) void accumulate_by_key(const ScoreTile<R>& tile, const
                                                  int64_t sc, R* scratch) {
   constexpr int W = kPanel<R>;
   int vectors = int(padded<R>(cols) / kLanes<R>);
-  auto range = [&](auto m, int r, int64_t& q0, int64_t& q1) ATTNFAST_LAMBDA {
-    if (!tile.limited) return;
-    constexpr int M = decltype(m)::value;
-    q0 = tile.bands.begin[r];
-    q1 = tile.bands.end[r + M - 1] < tile.nq ? tile.bands.end[r + M - 1] : tile.nq;
-  };
+  auto range = [&](auto m, int r, int64_t& q0, int64_t& q1)
+                   ATTNFAST_LAMBDA { seeing_queries<R>(tile, r, decltype(m)::value, q0, q1); };
   CleanRows<R> clean{B, {}};
   bool dirty = tile.masked && has_nonfinite<R>(B, tile.nq, cols);
   if (dirty) zero_nonfinite<R>(B, tile.nq, cols, scratch, clean);
-  multiply_panel<R, false>(tile.nk, tile.nq, P, W, clean.rows, C, sc, vectors, false, range);
+  multiply_panel<R, false, R>(tile.nk, tile.nq, P, W, clean.rows, C, sc, vectors, false, range);
   for (int q = 0; dirty && q < tile.nq; q++)
     for (int k = 0; clean.bad[q] && k < tile.nk; k++)
       if (tile.visible(q, k))
         for (int64_t d = 0; d < cols; d++) C[k * sc + d] += P[k * W + q] * B.data[q * B.stride + d];
+}
+
+// ---------------------------------------------------------------- the same products of bfloat16 pairs
+// P is rounded, as torch rounds it; the sums are float32. B must be finite where the tile has masked entries; a range
+// grows to whole pairs, which adds exact zeros.
+
+// A finished tile P[key][query], rounded: rows[key][query] if not null, pairs[key / 2][query] of keys if not null.
+// Queries past nq and the partner of an odd last key are zeros.
+template <class R>
+__attribute__((noinline)) void round_tile(const ScoreTile<R>& tile, const R* P, BFloat16* rows, uint32_t* pairs) {
+#if ATTNFAST_PAIRS
+  constexpr int N = kLanes<R>, W = kPanel<R>;
+  for (int k = 0; k < tile.nk; k += 2)
+    for (int q = 0; q < tile.nq; q += N) {
+      Vec<R> a = load(P + k * W + q), b = k + 1 < tile.nk ? load(P + (k + 1) * W + q) : Vec<R>{};
+      if (q + N > tile.nq) {
+        a = select_bits<R>(low_bits(tile.nq - q), a, Vec<R>{});
+        b = select_bits<R>(low_bits(tile.nq - q), b, Vec<R>{});
+      }
+      U32 two = round_two(a, b);
+      if (rows) store_halves(rows + k * W + q, rows + (k + 1) * W + q, two);
+      if (pairs) store(pairs + k / 2 * W + q, interleave_halves(two));
+    }
+#endif
+}
+
+template <class R>
+__attribute__((noinline)) void accumulate_pairs_by_query(const HeadContext& c, const ScoreTile<R>& tile,
+                                                         const uint32_t* P, const PairRows& B, int64_t cols, R* C,
+                                                         int64_t sc, bool fresh) {
+  auto range = [&](auto m, int r, int64_t& k0, int64_t& k1) ATTNFAST_LAMBDA {
+    if (!tile.limited) return;
+    seen_keys<R>(c, tile, r, decltype(m)::value, k0, k1);
+    k0 = k0 / 2;
+    k1 = (k1 + 1) / 2;
+  };
+  multiply_panel<R, true, uint32_t>(tile.nq, (tile.nk + 1) / 2, P, kPanel<R>, {B.words, B.stride}, C, sc,
+                                    int(padded<R>(cols) / kLanes<R>), fresh, range);
+}
+template <class R>
+__attribute__((noinline)) void accumulate_pairs_by_key(const ScoreTile<R>& tile, const BFloat16* P, const PairRows& B,
+                                                       int64_t cols, R* C, int64_t sc) {
+  auto range = [&](auto m, int r, int64_t& q0, int64_t& q1) ATTNFAST_LAMBDA {
+    if (!tile.limited) return;
+    seeing_queries<R>(tile, r, decltype(m)::value, q0, q1);
+    q0 = q0 / 2;
+    q1 = (q1 + 1) / 2;
+  };
+  multiply_panel<R, false, BFloat16>(tile.nk, (tile.nq + 1) / 2, P, kPanel<R>, {B.words, B.stride}, C, sc,
+                                     int(padded<R>(cols) / kLanes<R>), false, range);
 }
 
 }  // namespace

@@ -477,6 +477,41 @@ ATTNFAST_INLINE U64 multiply_low(U64 a, uint32_t m) {
 #endif
 }
 
+// ---------------------------------------------------------------- products of bfloat16 pairs
+// AVX512_BF16 multiplies 32-bit words that hold two bfloat16 each: two products and their sum a lane. The file that is
+// compiled for AVX-512 must also run where this extension is missing, so the instructions are written out here, where
+// no compiler flag can let them appear elsewhere, and only calls with AttentionParams::native_bf16 reach them.
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+#define ATTNFAST_PAIRS 1
+// c += low(a) * low(b) + high(a) * high(b). Subnormal numbers count as zero.
+ATTNFAST_INLINE void dot_pairs(VecF& c, U32 a, U32 b) { asm("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b)); }
+// Both vectors rounded to nearest even, one after the other; NaN stays NaN, subnormal numbers become zero.
+ATTNFAST_INLINE U32 round_two(VecF first, VecF second) {
+  U32 r;
+  asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(r) : "v"(first), "v"(second));
+  return r;
+}
+// From round_two's result: lane i holds element i of the first vector (low half) and of the second.
+ATTNFAST_INLINE U32 interleave_halves(U32 two) {
+  typedef uint16_t Halves __attribute__((vector_size(kVectorBytes)));
+  Halves h = reinterpret_cast<Halves>(two);
+  return reinterpret_cast<U32>(__builtin_shufflevector(h, h, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8,
+                                                       24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
+}
+ATTNFAST_INLINE void store_halves(BFloat16* first, BFloat16* second, U32 two) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(first), _mm512_castsi512_si256((__m512i)two));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(second), _mm512_extracti64x4_epi64((__m512i)two, 1));
+}
+#else
+#define ATTNFAST_PAIRS 0
+#endif
+// Two consecutive elements; the first in the low half. `p` may be odd.
+ATTNFAST_INLINE uint32_t load_pair(const BFloat16* p) {
+  uint32_t word;
+  __builtin_memcpy(&word, p, sizeof(word));
+  return word;
+}
+
 // ---------------------------------------------------------------- transposes
 template <int S, class R, int... L>
 ATTNFAST_INLINE void exchange(Vec<R>& a, Vec<R>& b, std::integer_sequence<int, L...>) {

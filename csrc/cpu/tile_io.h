@@ -173,5 +173,109 @@ static bool has_nonfinite(Rows<R> rows, int64_t count, int64_t cols) {
   return !(sum_lanes<R>(bad) + tail == R(0));
 }
 
+// ---------------------------------------------------------------- pairs of bfloat16
+// What a product reads: R itself, or for R = float pairs of bfloat16 that are next to each other along the contraction,
+// one step of which then takes two elements. The broadcast operand A is stored as BFloat16 if its pairs lie along the
+// rows, as uint32_t (a pair each) if TRANSPOSED; the other operand consists of uint32_t.
+template <class A>
+constexpr int kStep = std::is_same_v<A, BFloat16> ? 2 : 1;
+template <class A>
+using Packed = std::conditional_t<std::is_same_v<A, BFloat16>, uint32_t, A>;
+template <class A>
+static inline int64_t steps_of(int64_t elements) {
+  return (elements + kStep<A> - 1) / kStep<A>;
+}
+
+// Rows whose pairs can be read: in place where the tensor allows, else a copy, a zero after rows of odd length.
+static inline Rows<BFloat16> get_pair_rows(const Tensor4& t, int64_t offset, int64_t rows, int64_t cols,
+                                           BFloat16* scratch) {
+  const BFloat16* src = static_cast<const BFloat16*>(t.data) + offset;
+  int64_t row_bytes = t.stride[2] * 2;
+  if (t.stride[3] == 1 && cols % 2 == 0 && row_bytes > 0 &&
+      (t.stride[2] == cols ? row_bytes % 4096 != 0 : row_bytes % 1024 != 0))
+    return {src, t.stride[2]};
+  int64_t stride = 2 * steps_of<BFloat16>(cols);
+  for (int64_t i = 0; i < rows; i++) {
+    const BFloat16* from = src + i * t.stride[2];
+    BFloat16* to = scratch + i * stride;
+    for (int64_t j = 0; j < cols; j++) to[j] = from[j * t.stride[3]];
+    if (cols % 2 != 0) to[cols] = {};
+  }
+  return {scratch, stride};
+}
+
+// kLanes<float> elements from column d of a row, zeros past `cols`.
+ATTNFAST_INLINE VecF load_columns(const BFloat16* row, int64_t stride, int64_t d, int64_t cols) {
+  constexpr int N = kLanes<float>;
+  if (stride == 1 && d + N <= cols) return load_as<float>(row + d);
+  if (d >= cols) return VecF{};
+  alignas(64) BFloat16 part[N] = {};
+  for (int i = 0; i < N && d + i < cols; i++) part[i] = row[(d + i) * stride];
+  return load_as<float>(static_cast<const BFloat16*>(part));
+}
+
+#if ATTNFAST_PAIRS
+// dst[step][stride] = scale * transpose of count x cols elements, as pairs along a row; `scale` is a power of two.
+// `scratch` has room for count rows of padded<uint32_t>(steps) words. See pack_transposed.
+static void pack_pairs(const Tensor4& t, int64_t offset, int64_t count, int64_t cols, uint32_t* dst, float scale,
+                       int64_t stride, uint32_t* scratch) {
+  constexpr int N = kLanes<float>;
+  int64_t steps = steps_of<BFloat16>(cols), width = padded<uint32_t>(steps);
+  for (int64_t i = 0; i < count; i++) {
+    const BFloat16* row = static_cast<const BFloat16*>(t.data) + offset + i * t.stride[2];
+    for (int64_t d = 0; d < 2 * width; d += 2 * N) {
+      VecF low = load_columns(row, t.stride[3], d, cols), high = load_columns(row, t.stride[3], d + N, cols);
+      store(scratch + i * width + d / 2, round_two(low * scale, high * scale));
+    }
+  }
+  pack_transposed<uint32_t>({scratch, width}, count, steps, dst, 1u, stride);
+}
+#endif
+
+// Pairs of rows: words[i / 2][stride] holds rows i (low half) and i + 1, a zero where the last one has no partner.
+struct PairRows {
+  const uint32_t* words;
+  int64_t stride;
+  bool finite;  // neither infinite nor NaN
+};
+[[maybe_unused]] static PairRows interleave_rows(const Tensor4& t, int64_t offset, int64_t rows, int64_t cols,
+                                                 uint32_t* words) {
+  constexpr int N = kLanes<float>;
+  int64_t stride = padded<float>(cols);
+  VecF bad{};
+  for (int64_t i = 0; i < rows; i += 2) {
+    const BFloat16* row = static_cast<const BFloat16*>(t.data) + offset + i * t.stride[2];
+    for (int64_t d = 0; d < stride; d += N) {
+      VecF low = load_columns(row, t.stride[3], d, cols);
+      VecF high = i + 1 < rows ? load_columns(row + t.stride[2], t.stride[3], d, cols) : VecF{};
+      bad += low * 0.0f + high * 0.0f;
+      store(words + i / 2 * stride + d, reinterpret_cast<U32>(low) >> 16 | reinterpret_cast<U32>(high));
+    }
+  }
+  return {words, stride, sum_lanes<float>(bad) == 0.0f};
+}
+
+// The operand of a score product that is broadcast: rows of T, read in place where the tensor allows.
+template <class T, class R>
+static inline Rows<T> operand_rows(const Tensor4& t, int64_t offset, int64_t rows, int64_t cols, R* scratch) {
+  if constexpr (std::is_same_v<T, R>)
+    return get_rows<R>(t, offset, rows, cols, false, scratch);
+  else
+    return get_pair_rows(t, offset, rows, cols, reinterpret_cast<BFloat16*>(scratch));
+}
+// The packed one: dst = scale * transpose of the rows of a panel. Also returns the rows, unless they are pairs.
+template <class T, class R>
+static inline Rows<R> pack_panel(const Tensor4& t, int64_t offset, int64_t count, int64_t cols, Packed<T>* dst, R scale,
+                                 R* scratch) {
+  if constexpr (std::is_same_v<T, R>) {
+    Rows<R> rows = get_rows<R>(t, offset, count, cols, true, scratch);
+    pack_transposed<R>(rows, count, cols, dst, scale, panel_stride<R>(count));
+    return rows;
+  } else {
+    pack_pairs(t, offset, count, cols, dst, scale, panel_stride<R>(count), reinterpret_cast<uint32_t*>(scratch));
+    return {};
+  }
+}
+
 }  // namespace
 }  // namespace attnfast::ATTNFAST_ISA
