@@ -237,7 +237,7 @@ def set_isa(name: str) -> str:
     """
 
 def get_isa() -> str:
-    """Name of the variant in use: "baseline", "avx2" or "avx512"."""
+    """Name of the variant in use: "baseline", "avx2", "avx512" or "avx512_bf16"."""
 
 def available_isas() -> list[str]:
     """Variants that are built and that this machine can run, the best last."""

@@ -126,6 +126,8 @@ def _kernel(tensors: list[Any], options: DotAttentionOptions, need_lse: bool) ->
     name = "decode kernel (streams keys and values once)" if obstacle is None else "tile kernel"
     if options.cu_seqlens_q is not None:
         name = "tile kernel over packed sequences"
+    if obstacle is not None and query.dtype == torch.bfloat16 and _C.get_isa() == "avx512_bf16":
+        arithmetic = "products of bfloat16, sums in float32"
     lines = [f"kernel: {name}, ISA {_C.get_isa()}, {arithmetic}"]
     if obstacle is not None:
         lines.append(f"not the decode kernel: {obstacle}")

@@ -23,10 +23,28 @@ except ImportError:
 BACKENDS = ["reference", *(f"cpu-{name}" for name in ISAS)]
 
 
+# The same code as avx512 but for bfloat16: other dtypes would be tested twice.
+BF16_ISA = "avx512_bf16"
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "bf16: has bfloat16 calls within, so is run on avx512_bf16 too")
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(max(1, cores // workers))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    def wanted(item: pytest.Item) -> bool:
+        params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        if BF16_ISA not in (params.get("isa"), str(params.get("backend")).removeprefix("cpu-")):
+            return True
+        return item.get_closest_marker("bf16") is not None or torch.bfloat16 in (params.get("dtype"), params.get("half"))
+
+    dropped = [item for item in items if not wanted(item)]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if wanted(item)]
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +81,7 @@ def _make_backend(name: str) -> Iterator[Any]:
 
         yield SimpleNamespace(
             kind=kind,
+            isa=None,
             attention=reference.attention,
             scaled_dot_product_attention=reference.scaled_dot_product_attention,
             varlen_attention=reference.varlen_attention,
@@ -85,6 +104,7 @@ def _make_backend(name: str) -> Iterator[Any]:
     for _ in _use_isa(name) if name else (None,):
         yield SimpleNamespace(
             kind=kind,
+            isa=attnfast.get_isa(),
             attention=attnfast.attention,
             scaled_dot_product_attention=attnfast.scaled_dot_product_attention,
             varlen_attention=attnfast.varlen_attention,

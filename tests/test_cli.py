@@ -71,7 +71,7 @@ def test_info_tells_versions_and_isas() -> None:
     assert attnfast.__version__ in text
     assert str(torch.__version__) in text
     assert "cuda not built" in text
-    for name in ("baseline", "avx2", "avx512"):
+    for name in ("baseline", "avx2", "avx512", "avx512_bf16"):
         assert f"\n  {name} " in text
     data = json.loads(run("info", "--json").stdout)
     assert data["isa"]["compiled"] == list(_C.compiled_isas())
@@ -106,6 +106,22 @@ def test_info_under_a_forced_isa() -> None:
             "built, but this processor lacks avx512f",
         ),
         ("avx2", "baseline avx2", "baseline", "baseline", "fma avx512f", "built, but this processor lacks fma"),
+        (
+            "avx512",
+            "baseline avx2 avx512 avx512_bf16",
+            "baseline avx2",
+            "avx2",
+            "avx512f avx512_bf16",
+            "built, but this processor lacks avx512f",
+        ),
+        (
+            "avx512_bf16",
+            "baseline avx2 avx512 avx512_bf16",
+            "baseline avx2 avx512",
+            "avx512",
+            "avx512_bf16",
+            "built, but this processor lacks avx512_bf16",
+        ),
         ("avx2", "baseline avx2", "baseline avx2", "baseline", "", "available, not in use: another was chosen"),
     ],
 )
@@ -113,10 +129,10 @@ def test_isa_status_says_why(
     monkeypatch: pytest.MonkeyPatch, name: str, compiled: str, available: str, used: str, missing: str, expected: str
 ) -> None:
     monkeypatch.delenv("ATTNFAST_ISA", raising=False)
-    features = {**dict.fromkeys(("avx2", "fma", "avx512f"), True), **dict.fromkeys(missing.split(), False)}
+    features = {**dict.fromkeys(("avx2", "fma", "avx512f", "avx512_bf16"), True), **dict.fromkeys(missing.split(), False)}
     status = info.isa_status(name, compiled.split(), available.split(), used, features)
     assert status.startswith(expected)
-    if expected.endswith("lacks fma"):
+    if "lacks" in expected:
         assert status == expected
 
 

@@ -12,7 +12,7 @@ import torch
 import attnfast
 from attnfast._ext import _C
 
-LADDER = ["baseline", "avx2", "avx512"]
+LADDER = ["baseline", "avx2", "avx512", "avx512_bf16"]
 PRINT_ISA = "from attnfast._ext import _C; print(_C.get_isa())"
 
 
@@ -40,6 +40,7 @@ def test_lists_are_a_ladder_and_agree_with_cpuid() -> None:
         has_avx512 = has_avx2 and all(features[name] for name in ("avx512f", "avx512bw", "avx512vl", "avx512dq"))
         assert ("avx2" in available) == has_avx2
         assert ("avx512" in available) == has_avx512
+        assert ("avx512_bf16" in available) == (has_avx512 and features["avx512_bf16"])
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/cpuinfo"), reason="needs /proc/cpuinfo")
@@ -124,7 +125,7 @@ def test_variants_are_different_code_with_close_results() -> None:
 @pytest.mark.parametrize("isa", _C.available_isas())
 def test_yardsticks_do_what_they_count(isa: str) -> None:
     _C.set_isa(isa)
-    lanes = {"baseline": 4, "avx2": 8, "avx512": 16}[isa]
+    lanes = {"baseline": 4, "avx2": 8, "avx512": 16, "avx512_bf16": 16}[isa]
     assert _C.yardstick_fma(64 * 1000) == 64 * 1000 * 12 * lanes * 2
     assert _C.yardstick_fma(1) == 64 * 12 * lanes * 2
     # 70 000 words are more than one chunk; a checksum sees every byte.

@@ -19,6 +19,7 @@ _ISAS = {
     "baseline": "any processor",
     "avx2": "AVX2, FMA and F16C",
     "avx512": "AVX-512 F, BW, VL and DQ",
+    "avx512_bf16": "those and AVX512_BF16",
 }
 
 
@@ -42,8 +43,9 @@ def isa_status(name: str, compiled: list[str], available: list[str], used: str, 
     if name not in compiled:
         return "not built (this architecture or compiler has no such instructions)"
     missing = [feature for feature, present in features.items() if not present]
-    if name == "avx2":
-        missing = [feature for feature in missing if not feature.startswith("avx512")]
+    above = {"avx2": "avx512", "avx512": "avx512_bf16"}.get(name)
+    if above is not None:
+        missing = [feature for feature in missing if not feature.startswith(above)]
     return f"built, but this processor lacks {', '.join(missing)}"
 
 

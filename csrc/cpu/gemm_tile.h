@@ -28,7 +28,7 @@ ATTNFAST_INLINE void multiply_add(Vec<R>& c, Vec<R> a, Vec<R> b) {
 #if ATTNFAST_PAIRS
 template <class R>
 ATTNFAST_INLINE void multiply_add(VecF& c, U32 a, U32 b) {
-  dot_pairs(c, a, b);
+  c = dot_pairs(c, a, b);
 }
 #endif
 

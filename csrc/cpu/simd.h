@@ -483,8 +483,12 @@ ATTNFAST_INLINE U64 multiply_low(U64 a, uint32_t m) {
 // no compiler flag can let them appear elsewhere, and only calls with AttentionParams::native_bf16 reach them.
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 #define ATTNFAST_PAIRS 1
-// c += low(a) * low(b) + high(a) * high(b). Subnormal numbers count as zero.
-ATTNFAST_INLINE void dot_pairs(VecF& c, U32 a, U32 b) { asm("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b)); }
+// c + low(a) * low(b) + high(a) * high(b). Subnormal numbers count as zero. By value: an accumulator that the assembly
+// writes where it lies stays in memory.
+ATTNFAST_INLINE VecF dot_pairs(VecF c, U32 a, U32 b) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
+  return c;
+}
 // Both vectors rounded to nearest even, one after the other; NaN stays NaN, subnormal numbers become zero.
 ATTNFAST_INLINE U32 round_two(VecF first, VecF second) {
   U32 r;

@@ -217,8 +217,8 @@ ATTNFAST_INLINE VecF load_columns(const BFloat16* row, int64_t stride, int64_t d
 #if ATTNFAST_PAIRS
 // dst[step][stride] = scale * transpose of count x cols elements, as pairs along a row; `scale` is a power of two.
 // `scratch` has room for count rows of padded<uint32_t>(steps) words. See pack_transposed.
-static void pack_pairs(const Tensor4& t, int64_t offset, int64_t count, int64_t cols, uint32_t* dst, float scale,
-                       int64_t stride, uint32_t* scratch) {
+[[maybe_unused]] static void pack_pairs(const Tensor4& t, int64_t offset, int64_t count, int64_t cols, uint32_t* dst,
+                                        float scale, int64_t stride, uint32_t* scratch) {
   constexpr int N = kLanes<float>;
   int64_t steps = steps_of<BFloat16>(cols), width = padded<uint32_t>(steps);
   for (int64_t i = 0; i < count; i++) {

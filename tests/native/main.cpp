@@ -94,6 +94,7 @@ void call(const KernelTable& kernels, const Problem& problem, bool backward, int
   t_pool_threads = threads;
   const auto go = [&](auto params, auto kernel) {
     params.threads = threads;
+    params.native_bf16 = kernels.native_bf16;
     change(params);
     kernel(params);
   };

@@ -76,7 +76,7 @@ void run(int64_t depth) {
   ScoreTile<float> tile;
   auto prepare = [&] { prepare_tile<float>(c, 0, W, 0, T, scratch, tile); };
   prepare();
-  QueryPanel<float> panel{0, W, packed.get(), lse.get(), nullptr};
+  QueryPanel<float, float> panel{0, W, packed.get(), lse.get(), nullptr};
   Rows<float> keys{key.get(), depth}, values{value.get(), depth};
 
   // Name, depth, nanoseconds, slots (a slot is the time of one vector multiply-add at the peak), share of the peak.
@@ -90,8 +90,8 @@ void run(int64_t depth) {
     std::printf("\n");
   };
   line("scores", product,
-       [&] { raw_scores<float>(keys, depth, packed.get(), S.get(), T, W / kLanes<float>, nullptr); });
-  line("scores, exp2", product, [&] { probability_tile<float>(c, tile, keys, panel, P.get(), nullptr); });
+       [&] { raw_scores<float, float>(keys, depth, packed.get(), S.get(), T, W / kLanes<float>, nullptr); });
+  line("scores, exp2", product, [&] { probability_tile<float, float>(c, tile, keys, panel, P.get(), nullptr); });
   // P and dS are small numbers here, so that sums over a million calls stay finite.
   for (int i = 0; i < T * W; i++) P.get()[i] *= 1e-9f;
   line("P V", product,
@@ -108,7 +108,8 @@ void run(int64_t depth) {
   p.bias[0].data = nullptr;
   p.mask = {mask.data(), {0, 0, T, 1}, DType::kBool};
   line("boolean mask", 0, prepare);
-  line("scores, exp2, boolean mask", product, [&] { probability_tile<float>(c, tile, keys, panel, P.get(), nullptr); });
+  line("scores, exp2, boolean mask", product,
+       [&] { probability_tile<float, float>(c, tile, keys, panel, P.get(), nullptr); });
 }
 
 }  // namespace
