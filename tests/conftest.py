@@ -39,7 +39,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
         if BF16_ISA not in (params.get("isa"), str(params.get("backend")).removeprefix("cpu-")):
             return True
-        return item.get_closest_marker("bf16") is not None or torch.bfloat16 in (params.get("dtype"), params.get("half"))
+        marked = item.get_closest_marker("bf16") is not None
+        return marked or torch.bfloat16 in (params.get("dtype"), params.get("half"))
 
     dropped = [item for item in items if not wanted(item)]
     if dropped:

@@ -129,7 +129,8 @@ def test_isa_status_says_why(
     monkeypatch: pytest.MonkeyPatch, name: str, compiled: str, available: str, used: str, missing: str, expected: str
 ) -> None:
     monkeypatch.delenv("ATTNFAST_ISA", raising=False)
-    features = {**dict.fromkeys(("avx2", "fma", "avx512f", "avx512_bf16"), True), **dict.fromkeys(missing.split(), False)}
+    known = dict.fromkeys(("avx2", "fma", "avx512f", "avx512_bf16"), True)
+    features = {**known, **dict.fromkeys(missing.split(), False)}
     status = info.isa_status(name, compiled.split(), available.split(), used, features)
     assert status.startswith(expected)
     if "lacks" in expected:

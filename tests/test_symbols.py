@@ -41,8 +41,9 @@ def test_objects_of_the_build_leak_nothing(checker: ModuleType) -> None:
     objects = next(iter(checker.find_objects(folder) for folder in (ROOT / "build").glob("temp.*")), None)
     if objects is None or not objects["baseline"]:
         pytest.skip("built elsewhere: the objects are not here")
-    # Every variant is there, each from the same files.
-    names = {isa: {path.name for path in objects[isa]} for isa in _C.compiled_isas()}
+    # Every variant is there, each from the same files; the last is the code of the one below it.
+    own = [isa for isa in _C.compiled_isas() if isa != "avx512_bf16"]
+    names = {isa: {path.name for path in objects[isa]} for isa in own}
     assert all(files == names["baseline"] and files for files in names.values())
     assert checker.check(objects, []) == []
 

@@ -45,7 +45,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--isa",
         default="",
         metavar="NAME",
-        help="hold both sides to an instruction set: baseline, avx2, avx512 or avx512_bf16 (ATTNFAST_ISA and ATEN_CPU_CAPABILITY)",
+        help="hold both sides to an instruction set: baseline, avx2, avx512 or avx512_bf16 (sets ATTNFAST_ISA and "
+        "ATEN_CPU_CAPABILITY)",
     )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to run (default: cpu)")
     parser.add_argument("--out", type=Path, default=Path("bench-results"), metavar="DIR", help="default: bench-results")
