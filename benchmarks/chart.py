@@ -13,6 +13,7 @@ _MARKS = {
     "sdpa math": ("o", "#4c72b0"),
     "sdpa loop": ("D", "#dd8452"),
     "compile": ("s", "#8172b3"),
+    "keops": ("P", "#64b5cd"),
     "flex": ("^", "#937860"),
 }
 

@@ -34,6 +34,7 @@ class Suite:
     memory: bool = True  # peak memory is measured
     yardsticks: bool = True  # the machine's limits and one thread's time are measured in the same rounds
     hurried: bool = True  # a quick run that is late leaves its cases out
+    whole_memory: bool = False  # memory of forward+backward too, which holds what the forward saves
 
 
 SUITES = {
@@ -46,6 +47,14 @@ SUITES = {
         Suite("accuracy", "Error against float64", default=False, memory=False, yardsticks=False),
         Suite("overhead", "Cost of a call", memory=False, yardsticks=False, hurried=False),
         Suite("sweep", "Head sizes by tokens", default=False, compared=False, memory=False, yardsticks=False),
+        Suite(
+            "scaling",
+            "Time and memory by tokens",
+            default=False,
+            compared=False,
+            yardsticks=False,
+            whole_memory=True,
+        ),
         Suite("model", "A transformer encoder on scikit-learn's digits"),
     )
 }
@@ -185,7 +194,9 @@ def _load() -> None:
         cases_dot,
         cases_masks,
         cases_overhead,
+        cases_scaling,
         cases_sweep,
         cases_threads,
         peers,
+        peers_additive,
     )

@@ -17,11 +17,12 @@ from rich.text import Text
 from .masks import print_masks
 from .registry import BACKWARD, BOTH, EAGER, FORWARD, OURS, SUITES, TORCH
 from .results import OK, Row
+from .scaling import print_scaling
 from .sweep import print_sweep
 
 README_BEGIN = "<!-- bench:begin -->"
 README_END = "<!-- bench:end -->"
-_PEER_ORDER = (OURS, "attnfast._C", TORCH, "sdpa math", "sdpa loop", EAGER, "compile", "flex")
+_PEER_ORDER = (OURS, "attnfast._C", TORCH, "sdpa math", "sdpa loop", EAGER, "compile", "keops", "flex")
 
 
 def make_console(width: int | None = None) -> Console:
@@ -176,6 +177,7 @@ def print_report(rows: list[Row], console: Console) -> None:
     )
     print_sweep(rows, console)
     print_masks(rows, console)
+    print_scaling(rows, console)
     for suite in dict.fromkeys(row.suite for row in rows if SUITES[row.suite].compared):
         chosen = [row for row in rows if row.suite == suite]
         console.print(_suite_table(suite, chosen))

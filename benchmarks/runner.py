@@ -199,15 +199,15 @@ class Run:
         """Memory once per pass, at the largest number of threads (scratch grows with threads).
 
         Not for suites about something else, compiled peers (each measuring process would compile anew, for most of a
-        minute) and the sum of two passes, which holds what the backward holds. A quick run takes the last pass of two
-        peers.
+        minute) and the sum of two passes unless the suite asks for it. A quick run takes the last pass of two peers.
         """
         if self._meter is None or not registry.SUITES[case.suite].memory:
             return
         for row in rows:
             if row.status != OK or self._late() or registry.find_peer(case.suite, row.peer).compiled:
                 continue
-            if row.pass_ == registry.BOTH and registry.BACKWARD in case.passes:
+            whole = registry.SUITES[case.suite].whole_memory
+            if row.pass_ == registry.BOTH and registry.BACKWARD in case.passes and not whole:
                 continue
             last = self.plan.passes(case)[-1]
             if self.plan.quick and (row.pass_ != last or row.peer not in (OURS, registry.TORCH, registry.EAGER)):

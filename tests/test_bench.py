@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 
 import attnfast
 from attnfast.cli._benchmarks import load_benchmarks
@@ -24,10 +25,13 @@ chart = load_benchmarks("chart")
 runner = load_benchmarks("runner")
 memory = load_benchmarks("memory")
 model_digits = load_benchmarks("model_digits")
+cases_additive = load_benchmarks("cases_additive")
 cases_dot = load_benchmarks("cases_dot")
 cases_masks = load_benchmarks("cases_masks")
 masks = load_benchmarks("masks")
 sweep = load_benchmarks("sweep")
+cases_scaling = load_benchmarks("cases_scaling")
+scaling = load_benchmarks("scaling")
 yardsticks = load_benchmarks("yardsticks")
 Row = results.Row
 
@@ -221,7 +225,17 @@ def test_required_cases_are_there() -> None:
     assert {case.key_tokens for case in DOT_CASES if case.query_tokens == 1} == {1024, 8192}
     assert cases["1,8,512,64"].quick
     assert not cases["1,4,8192,64"].quick
-    assert registry.suites() == ("dot", "additive", "threads", "masks", "accuracy", "overhead", "sweep", "model")
+    assert registry.suites() == (
+        "dot",
+        "additive",
+        "threads",
+        "masks",
+        "accuracy",
+        "overhead",
+        "sweep",
+        "scaling",
+        "model",
+    )
     assert registry.default_suites() == ("dot", "additive", "threads", "masks", "overhead", "model")
     assert all(registry.cases(name) for name in registry.suites() if name != "model")
     cells = {(case.query_tokens, case.head_size) for case in registry.cases("sweep")}
@@ -331,6 +345,159 @@ def test_sweep_is_shown_and_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(ValueError, match="nothing to draw"):
         chart.write_chart(rows, tmp_path / "bars.png")
+
+
+def test_local_pairs_are_those_of_the_window() -> None:
+    for tokens, window in ((1, 3), (2, 3), (7, 2), (30, 10)):
+        place = torch.arange(tokens)
+        pairs = ((place[:, None] - place).abs() <= window).sum().item()
+        assert cases_scaling.local_pairs(tokens, window) == pairs
+    case = cases_scaling.AdditiveScalingCase("a", query_tokens=30, head_size=4, window=10)
+    assert case.triples() == 4 * cases_scaling.local_pairs(30, 10)
+    case = cases_scaling.ScalingCase("a", heads=2, query_tokens=30, window=10)
+    assert case.visible_pairs() == cases_scaling.local_pairs(30, 10)
+
+
+def test_scaling_cases_reach_from_128_to_8192_tokens() -> None:
+    found: dict[str, list[int]] = {}
+    for case in registry.cases("scaling"):
+        found.setdefault(case.name.rsplit(" T=")[0], []).append(case.query_tokens)
+    dense, local = [2**i for i in range(7, 14)], [2**i for i in range(10, 14)]
+    assert found == {"dot": dense, "additive": dense, "dot, window": local, "additive, window": local}
+    assert registry.find_case("scaling", "additive T=4096 D=256").passes == registry.PASSES
+    case = registry.find_case("scaling", "additive T=2048 D=256")
+    eager = registry.find_peer("scaling", "eager")
+    with pytest.raises(registry.Unsupported, match="2048 x 2048 x 256 need 12 GiB, more than 4"):
+        eager.build(case, case.inputs())
+    case = registry.find_case("scaling", "additive T=1024 D=256")
+    assert eager.build(case, case.inputs()).wanted
+
+
+SCALING_CASES = [
+    cases_scaling.ScalingCase("dot T=40 D=8", heads=2, query_tokens=40, head_size=8),
+    cases_scaling.AdditiveScalingCase("additive T=40 D=8", query_tokens=40, head_size=8),
+    cases_scaling.ScalingCase("dot, window T=40 D=8", heads=2, query_tokens=40, head_size=8, window=4),
+    cases_scaling.AdditiveScalingCase("additive, window T=40 D=8", query_tokens=40, head_size=8, window=4),
+]
+
+
+@pytest.mark.parametrize("case", SCALING_CASES, ids=lambda case: case.name)
+def test_scaling_peers_compute_the_case(case: Any) -> None:
+    """Those of the case itself agree with float64; the dense ones have the window's number of pairs."""
+    inputs = case.inputs()
+    reference = attnfast.reference
+    function = reference.additive_attention if "additive" in case.name else reference.attention
+    tensors = {name: tensor.detach().double().requires_grad_() for name, tensor in inputs.tensors.items()}
+    truth = function(*tensors.values(), **({"window": (4, 4)} if case.window else {}))
+    truth_grads = torch.autograd.grad(truth, list(tensors.values()), inputs.grad_out.double())
+    ran = []
+    for peer in registry.peers(case):
+        try:
+            workload = peer.build(case, inputs)
+        except registry.Unsupported as error:
+            assert str(error) == ""
+            continue
+        ran.append(peer.name)
+        out = workload.call()
+        grads = torch.autograd.grad(out, workload.wanted, workload.grad_out)
+        if peer.name.startswith("dense"):
+            queries, keys = (workload.wanted[i].shape[-2] for i in (0, 1))
+            pairs = cases_scaling.local_pairs(40, 4)
+            assert (queries, keys) == ((40, 9) if peer.name == "dense T x 21" else (round(pairs**0.5),) * 2)
+            assert abs(queries * keys - pairs) <= max(4 * 5, pairs**0.5)
+            assert out.shape[-2] == queries
+            continue
+        for got, want in zip((out, *grads), (truth, *truth_grads)):
+            assert measure.relative_error(got, want) < 1e-5
+    others = ["dense T x 21", "dense square"] if case.window else ["eager"] if "additive" in case.name else []
+    assert ran == ["attnfast", *(others or ["sdpa", "eager"])]
+
+
+def test_scaling_is_shown_and_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cases = [dataclasses.replace(case, settings=QUICKEST, passes=registry.PASSES) for case in SCALING_CASES]
+    monkeypatch.setattr(registry, "_CASES", {"scaling": cases})
+    monkeypatch.setattr(cases_scaling, "MOST_BYTES", 40 * 40 * 8 * 4 * 3 - 1)  # a byte short of what eager needs
+    rows = runner.Run(runner.Plan(("scaling",), threads=(1,), memory=False)).execute()
+    by_peer = {(row.case.split()[0], row.peer): row for row in rows if row.pass_ == "forward"}
+    assert by_peer["additive", "eager"].status == "unsupported"
+    assert by_peer["dot", "eager"].status == "ok"
+    row = by_peer["dot,", "dense square"]
+    row.ratio = 0.5  # the dense call of 18 x 18 pairs takes half the time of the window's 340
+    assert cases_scaling.local_pairs(40, 4) == 340
+    assert scaling.window_cost(row) == pytest.approx(2 * 324 / 340)
+    for row in rows:
+        row.ratio = 0.5 if row.peer != "attnfast" else 1.0
+        row.peak_extra_mib = 3.0 if row.peer == "attnfast" else 5.0
+    console = report.make_console()
+    with console.capture() as capture:
+        report.print_report(rows, console)
+    shown = capture.get()
+    assert "1.91" in shown  # 2 * 324 / 340
+    assert "need 0 GiB" in shown
+    assert "additive, window, forward+backward, 1 threads: ms, MiB" in shown
+    assert "slower than" not in shown  # its ratios are no contest
+    scaling.write_scaling(rows, tmp_path / "scaling.png")
+    assert (tmp_path / "scaling.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(ValueError, match="nothing to draw"):
+        scaling.write_scaling([], tmp_path / "empty.png")
+
+
+@pytest.mark.parametrize(("mebibytes", "color"), [(30.0, "32"), (200.0, "31")])
+def test_scaling_prints_the_memory_of_additive_attention(mebibytes: float, color: str) -> None:
+    sizes = {"batch": 1, "heads": 1, "query_tokens": 4096, "key_tokens": 4096, "head_size": 256, "value_size": 256}
+    name = "additive T=4096 D=256"
+    row = _row(suite="scaling", case=name, pass_="forward+backward", dtype="fp32", peak_extra_mib=mebibytes, **sizes)
+    results_mib = (4 * 4096 * 256 + 256) * 4 / 2**20  # output, three gradients of the same size, one of the weight
+    assert scaling.result_bytes(row) == results_mib * 2**20
+    assert scaling.result_bytes(dataclasses.replace(row, pass_="forward")) == 4 * 4096 * 256
+    beyond = (mebibytes - results_mib) * 2**20 / 1e6
+    assert scaling.beyond_mb(row) == pytest.approx(beyond)
+    console = Console(width=200, force_terminal=True, color_system="standard")
+    with console.capture() as capture:
+        scaling.print_scaling([row, dataclasses.replace(row, peer="eager", peak_extra_mib=1e5)], console)
+    (line,) = [line for line in capture.get().splitlines() if "beyond inputs and results" in line]
+    assert f"T = 4096, D = 256, forward+backward: {beyond:.1f} MB at the peak" in line
+    assert f"{color}m" in line
+    assert "T x T x D has 17.2 GB" in line
+
+
+def test_a_suite_may_ask_for_the_memory_of_both_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Meter:
+        def measure(self, *task: Any) -> tuple[int, str]:
+            return 2**20, ""
+
+    for suite, peak in (("scaling", 1.0), ("dot", None)):
+        case = registry.cases(suite)[0]
+        run = runner.Run(runner.Plan((suite,), threads=(1,)))
+        run._meter, run._start = Meter(), 0.0
+        rows = [_row(suite=suite, case=case.name, pass_=which) for which in ("backward", "forward+backward")]
+        run._add_memory(case, rows, {})
+        assert [row.peak_extra_mib for row in rows] == [1.0, peak]
+
+
+@pytest.mark.slow
+def test_keops_computes_additive_attention() -> None:
+    case = cases_additive.AdditiveCase("small", batch=2, query_tokens=5, key_tokens=7, head_size=8, value_size=4)
+    peer = registry.find_peer("additive", "keops")
+    assert peer in registry.peers(case)
+    inputs = case.inputs()
+    workload = peer.build(case, inputs)
+    output, gradient = measure.errors(case, peer, workload, inputs, case.oracle(inputs))
+    assert 0 <= output < 1e-5
+    assert 0 <= gradient < 1e-5
+    from threadpoolctl import threadpool_info
+
+    with measure.thread_count(1), peer.context():
+        pools = [pool for pool in threadpool_info() if pool["user_api"] == "openmp"]
+        assert pools
+        assert {pool["num_threads"] for pool in pools} == {1}
+
+
+def test_keops_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    case = registry.find_case("additive", "8,64x64,256")
+    with pytest.raises(registry.Unsupported, match="pykeops is not installed"):
+        registry.find_peer("additive", "keops").build(case, None)
 
 
 def test_masks_are_set_beside_the_tiles_they_leave(monkeypatch: pytest.MonkeyPatch) -> None:

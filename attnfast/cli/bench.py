@@ -35,8 +35,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--suite",
         action="append",
         metavar="NAME",
-        help="dot, additive, threads, masks, overhead, model, accuracy (minutes) or sweep (T by D, ten minutes); "
-        "repeatable (default: all but the last two)",
+        help="dot, additive, threads, masks, overhead, model, accuracy (minutes), sweep (T by D, ten minutes) or "
+        "scaling (time and memory by T, minutes); repeatable (default: all but the last three)",
     )
     parser.add_argument("--case", default="", metavar="TEXT", help="only cases whose name contains TEXT")
     parser.add_argument("--quick", action="store_true", help="fewer cases and rounds: less than two minutes")
@@ -196,6 +196,10 @@ def _save(rows: Any, folder: Path, console: Console) -> None:
     if sweep.sweep_rows(rows):
         sweep.write_heat_map(rows, folder / "sweep.png")
         written.append(folder / "sweep.png")
+    scaling = load_benchmarks("scaling")
+    if scaling.measured(rows):
+        scaling.write_scaling(rows, folder / "scaling.png")
+        written.append(folder / "scaling.png")
     if any(load_benchmarks("report").is_comparison(row) for row in rows):
         load_benchmarks("chart").write_chart(rows, folder / "bench.png")
         written.append(folder / "bench.png")
