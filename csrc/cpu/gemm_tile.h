@@ -55,14 +55,21 @@ ATTNFAST_INLINE void multiply(int64_t depth, const A* a, int64_t sa, const Packe
       c[i][0] += part[0][i];
     }
   }
-#pragma GCC unroll 4
-  for (; k < depth; k++) {
+  auto step = [&]() ATTNFAST_LAMBDA {
     Vec<Packed<A>> b[N];
     ATTNFAST_UNROLL for (int j = 0; j < N; j++) b[j] = load(B + k * sb + kLanes<R> * j);
     ATTNFAST_UNROLL for (int i = 0; i < M; i++) {
       auto x = at(k, i);
       ATTNFAST_UNROLL for (int j = 0; j < N; j++) multiply_add<R>(c[i][j], x, b[j]);
     }
+  };
+  if constexpr (std::is_same_v<A, R>) {
+#pragma GCC unroll 4
+    for (; k < depth; k++) step();
+  } else {
+    // Unrolled, GCC 12 spills the accumulators that inline assembly updates.
+#pragma GCC unroll 1
+    for (; k < depth; k++) step();
   }
 }
 
