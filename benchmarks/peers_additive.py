@@ -50,7 +50,7 @@ class KeOps(Peer):
         return Workload(functools.partial(keops_additive(LazyTensor), *tensors), tensors, inputs.grad_out)
 
     def context(self) -> contextlib.AbstractContextManager[Any]:
-        """Its code runs on an OpenMP library of its own, which torch's number of threads does not reach."""
+        """The OpenMP library that g++ links need not be the one torch brings, whose number of threads the run sets."""
         from threadpoolctl import threadpool_limits
 
         limits: contextlib.AbstractContextManager[Any] = threadpool_limits(torch.get_num_threads(), user_api="openmp")
