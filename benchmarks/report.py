@@ -270,7 +270,8 @@ def markdown_table(rows: list[Row]) -> str:
                     dtype = group[OURS].dtype
             lines.append(f"| {case} | {dtype} | {count} | {' | '.join(cells)} | {memory} |")
     lines.append("")
-    rest = [row for row in rows if row.suite != "dot" and row.peer in (TORCH, EAGER) and is_comparison(row)]
+    lines += _additive_lines([row for row in rows if row.suite == "additive"])
+    rest = [row for row in rows if row.suite != "dot" and row.peer == TORCH and is_comparison(row)]
     if rest:
         lines.append("| case | threads | attnfast | torch | ratio |")
         lines.append("|---|---|---|---|---|")
@@ -285,6 +286,27 @@ def markdown_table(rows: list[Row]) -> str:
         if row.suite == "model" and row.peer != TORCH:
             lines.append(f"- digits model, {row.peer}, {row.threads} threads: {row.note}")
     return "\n".join(lines).rstrip()
+
+
+def _additive_lines(rows: list[Row]) -> list[str]:
+    """Additive attention, for which torch has no function: ratios over every peer."""
+    if not rows:
+        return []
+    peers = [name for name in _peers(rows) if name != OURS]
+    lines = [
+        "Additive attention: times of others over attnfast's. `eager` is the formula in torch, `compile` the same "
+        "under `torch.compile`.",
+        "",
+        f"| B,T_q x T_k,D | pass | threads | attnfast | {' | '.join(peers)} | extra MiB: ours / eager |",
+        f"|---|---|---|---|{'---|' * len(peers)}---|",
+    ]
+    for (_, case, which, threads), group in grouped(rows).items():
+        eager = group.get(EAGER)
+        memory = _pair(group[OURS].peak_extra_mib, eager and eager.peak_extra_mib, "{:.1f}")
+        ratios = " | ".join(_markdown_ratio(group.get(name)) for name in peers)
+        time = format_time(group[OURS].time_ms or math.nan)
+        lines.append(f"| {case} | {which} | {threads} | {time} | {ratios} | {memory} |")
+    return [*lines, ""]
 
 
 def _markdown_ratio(row: Row | None) -> str:

@@ -719,6 +719,13 @@ def test_markdown_table_holds_ratios_by_pass_and_thread() -> None:
     assert "| c | fp32 | 1 | 1.00x | 1.25x | 1.50x | 1.0 / 2.5 |" in text
     assert "| c | fp32 | 2 | 2.00x | 2.25x | 2.50x | 1.0 / 2.5 |" in text
     assert "| overhead: c, forward | 1 | 4.00 us | 5.00 us | 1.25x |" in text
+    additive = {"suite": "additive", "case": "8,64x64,256"}
+    rows += [_row(**additive, peak_extra_mib=1.0), _row("eager", **additive, ratio=30.0, peak_extra_mib=64.0)]
+    rows += [_row("compile", **additive, ratio=0.5)]
+    text = report.markdown_table(rows)
+    assert "| B,T_q x T_k,D | pass | threads | attnfast | eager | compile | extra MiB: ours / eager |" in text
+    assert "| 8,64x64,256 | forward | 1 | 2 ms | 30.00x | **0.50x (slower)** | 1.0 / 64.0 |" in text
+    assert "| additive: 8,64x64,256" not in text
 
 
 def test_write_readme_replaces_only_what_is_between_the_markers(tmp_path: Path) -> None:
