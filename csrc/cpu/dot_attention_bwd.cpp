@@ -41,12 +41,12 @@ struct Backward {
 template <class R>
 struct BackwardScratch {
   R *queries, *grad_out, *packed, *packed_grad, *minus_lse, *minus_log, *minus_delta, *grad_query, *part_query;
-  R *keys, *values, *P, *S, *keep, *slope, *extra, *clean, *rows, *score, *plain;
+  R *keys, *values, *P, *S, *keep, *slope, *extra, *clean, *rows, *score;
   BFloat16 *rounded_P, *rounded_S;  // [key][panel]
   uint32_t *pairs_S, *key_pairs;    // [key / 2][panel], [key / 2][depth_pad]
   static int64_t size(const Backward<R>& f, int panels) {
     int64_t W = kPanel<R>, T = kKeyTile, both = f.depth_pad + f.value_pad, larger = T > W ? T : W;
-    return panels * W * (2 * both + 3 + 2 * f.depth_pad) + T * both + 5 * T * W + 2 * larger * both + W * T +
+    return panels * W * (2 * both + 3 + 2 * f.depth_pad) + T * both + 5 * T * W + larger * both + W * T +
            3 * T * W / 2 + ScoreScratch<R>::size();
   }
   BackwardScratch(const Backward<R>& f, int panels, R* base) {
@@ -70,8 +70,7 @@ struct BackwardScratch {
     clean = extra + T * W;
     rows = clean + larger * both;
     score = rows + W * T;
-    plain = score + ScoreScratch<R>::size();
-    pairs_S = reinterpret_cast<uint32_t*>(plain + larger * both);
+    pairs_S = reinterpret_cast<uint32_t*>(score + ScoreScratch<R>::size());
     rounded_P = reinterpret_cast<BFloat16*>(pairs_S + T / 2 * W);
     rounded_S = rounded_P + T * W;
     key_pairs = reinterpret_cast<uint32_t*>(keys) + T / 2 * f.depth_pad;
@@ -189,36 +188,21 @@ void add_products(const Backward<R>& f, const HeadContext& c, const ScoreTile<R>
                   const PairRows& key_pairs, const GradPanel<R, T>& panel, const BackwardScratch<R>& s, R* grad_key,
                   R* grad_value, R* grad_query) {
   const DotAttentionParams& p = *f.p;
-  bool grad_done = false, query_done = false, key_done = false;
-  Rows<R> grad_out = panel.grad_out, queries = panel.queries;
-  if constexpr (!std::is_same_v<R, T>) {
-    grad_done = KEYS && (!tile.masked || panel.grad_pairs.finite);
-    query_done = KEYS && (!tile.masked || panel.query_pairs.finite);
-    key_done = QUERIES && (!tile.masked || key_pairs.finite);
-    if (query_done || key_done)
-      round_tile<R>(tile, s.S, query_done ? s.rounded_S : nullptr, key_done ? s.pairs_S : nullptr);
-    if (grad_done) {
-      round_tile<R>(tile, s.P, s.rounded_P, nullptr);
-      accumulate_pairs_by_key<R>(tile, s.rounded_P, panel.grad_pairs, p.value_size, grad_value, f.value_pad);
+  if constexpr (std::is_same_v<R, T>) {
+    if (KEYS) {
+      accumulate_by_key<R>(tile, s.P, panel.grad_out, p.value_size, grad_value, f.value_pad, s.clean);
+      accumulate_by_key<R>(tile, s.S, panel.queries, p.head_size, grad_key, f.depth_pad, s.clean);
     }
-    if (query_done)
-      accumulate_pairs_by_key<R>(tile, s.rounded_S, panel.query_pairs, p.head_size, grad_key, f.depth_pad);
-    if (key_done)
-      accumulate_pairs_by_query<R>(c, tile, s.pairs_S, key_pairs, p.head_size, grad_query, f.depth_pad, false);
-  }
-  constexpr bool kPairs = !std::is_same_v<R, T>;
-  if (KEYS && !grad_done) {
-    if (kPairs)
-      grad_out = get_rows<R>(p.grad_out, c.query_offset(p.grad_out, tile.q0), tile.nq, p.value_size, true, s.plain);
-    accumulate_by_key<R>(tile, s.P, grad_out, p.value_size, grad_value, f.value_pad, s.clean);
-  }
-  if (KEYS && !query_done) {
-    if (kPairs) queries = get_rows<R>(p.query, c.query_offset(p.query, tile.q0), tile.nq, p.head_size, true, s.plain);
-    accumulate_by_key<R>(tile, s.S, queries, p.head_size, grad_key, f.depth_pad, s.clean);
-  }
-  if (QUERIES && !key_done) {
-    if (kPairs) keys = get_rows<R>(p.key, c.key_offset(p.key, tile.k0), tile.nk, p.head_size, true, s.plain);
-    accumulate_by_query<R>(c, tile, s.S, keys, p.head_size, grad_query, f.depth_pad, false, s.clean);
+    if (QUERIES) accumulate_by_query<R>(c, tile, s.S, keys, p.head_size, grad_query, f.depth_pad, false, s.clean);
+  } else {
+    round_tile<R>(tile, s.S, KEYS ? s.rounded_S : nullptr, QUERIES ? s.pairs_S : nullptr);
+    if (KEYS) {
+      round_tile<R>(tile, s.P, s.rounded_P, nullptr);
+      accumulate_pairs_by_key<R>(tile, s.rounded_P, panel.grad_pairs, p.value_size, grad_value, f.value_pad, s.clean);
+      accumulate_pairs_by_key<R>(tile, s.rounded_S, panel.query_pairs, p.head_size, grad_key, f.depth_pad, s.clean);
+    }
+    if (QUERIES)
+      accumulate_pairs_by_query<R>(c, tile, s.pairs_S, key_pairs, p.head_size, grad_query, f.depth_pad, false, s.clean);
   }
 }
 

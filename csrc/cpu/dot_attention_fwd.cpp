@@ -179,20 +179,14 @@ void forward_task(const Forward<R>& f, int64_t task) {
           dropout_tile<R>(c, tile, s.keep);
           multiply_tile<R>(tile, s.probabilities, s.keep);
         }
-        bool done = false;
         if constexpr (kPairs) {
-          done = !tile.masked || value_pairs.finite;
-          if (done) {
-            round_tile<R>(tile, s.probabilities, nullptr, s.weight_pairs);
-            accumulate_pairs_by_query<R>(c, tile, s.weight_pairs, value_pairs, p.value_size, out, f.value_pad,
-                                         !started[i]);
-          } else {
-            values = get_rows<R>(p.value, c.key_offset(p.value, k0), nk, p.value_size, true, s.values);
-          }
-        }
-        if (!done)
+          round_tile<R>(tile, s.probabilities, nullptr, s.weight_pairs);
+          accumulate_pairs_by_query<R>(c, tile, s.weight_pairs, value_pairs, p.value_size, out, f.value_pad,
+                                       !started[i], s.clean);
+        } else {
           accumulate_by_query<R>(c, tile, s.probabilities, values, p.value_size, out, f.value_pad, !started[i],
                                  s.clean);
+        }
         started[i] = true;
       }
     }

@@ -73,9 +73,12 @@ const std::vector<Feature>& features() {
   static const std::vector<Feature> found = [] {
     __builtin_cpu_init();
     return std::vector<Feature>{
-        ATTNFAST_FEATURE("avx2", "avx2"),       ATTNFAST_FEATURE("avx2", "fma"),
-        ATTNFAST_FEATURE("avx2", "f16c"),       ATTNFAST_FEATURE("avx512", "avx512f"),
-        ATTNFAST_FEATURE("avx512", "avx512bw"), ATTNFAST_FEATURE("avx512", "avx512vl"),
+        ATTNFAST_FEATURE("avx2", "avx2"),
+        ATTNFAST_FEATURE("avx2", "fma"),
+        ATTNFAST_FEATURE("avx2", "f16c"),
+        ATTNFAST_FEATURE("avx512", "avx512f"),
+        ATTNFAST_FEATURE("avx512", "avx512bw"),
+        ATTNFAST_FEATURE("avx512", "avx512vl"),
         ATTNFAST_FEATURE("avx512", "avx512dq"),
         // As Linux spells it; the compiler leaves the underscore out.
         {"avx512_bf16", "avx512_bf16", __builtin_cpu_supports("avx512bf16") != 0},

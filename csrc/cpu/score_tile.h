@@ -355,8 +355,8 @@ __attribute__((noinline)) void accumulate_by_key(const ScoreTile<R>& tile, const
 }
 
 // ---------------------------------------------------------------- the same products of bfloat16 pairs
-// P is rounded, as torch rounds it; the sums are float32. B must be finite where the tile has masked entries; a range
-// grows to whole pairs, which adds exact zeros.
+// P is rounded, as torch rounds it; the sums are float32. A range grows to whole pairs, which adds exact zeros. Rows
+// that are not finite are treated as above, with the rounded P.
 
 // A finished tile P[key][query], rounded: rows[key][query] if not null, pairs[key / 2][query] of keys if not null.
 // Queries past nq and the partner of an odd last key are zeros.
@@ -378,30 +378,71 @@ __attribute__((noinline)) void round_tile(const ScoreTile<R>& tile, const R* P, 
 #endif
 }
 
+ATTNFAST_INLINE float half_of(uint32_t word, int i) {
+  uint32_t bits = i % 2 ? word & 0xffff0000u : word << 16;
+  float x;
+  __builtin_memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+// A copy of B in scratch without the rows that are not finite, which `bad` then names.
+[[maybe_unused]] static PairRows zero_nonfinite_pairs(const PairRows& B, int count, uint32_t* scratch, bool* bad) {
+  constexpr uint32_t kExponent = 0x7f80;
+  for (int i = 0; i < count; i += 2) {
+    const uint32_t* from = B.words + i / 2 * B.stride;
+    uint32_t* to = scratch + i / 2 * B.stride;
+    bad[i] = bad[i + 1] = false;
+    for (int64_t j = 0; j < B.stride; j++) {
+      bad[i] |= (from[j] & kExponent) == kExponent;
+      bad[i + 1] |= (from[j] >> 16 & kExponent) == kExponent;
+    }
+    uint32_t kept = (bad[i] ? 0 : 0xffffu) | (bad[i + 1] ? 0 : 0xffff0000u);
+    for (int64_t j = 0; j < B.stride; j++) to[j] = from[j] & kept;
+  }
+  return {scratch, B.stride, true};
+}
+
+// C[query] (+)= sum over keys of P[key][query] * B[key], P in pairs of keys
 template <class R>
 __attribute__((noinline)) void accumulate_pairs_by_query(const HeadContext& c, const ScoreTile<R>& tile,
                                                          const uint32_t* P, const PairRows& B, int64_t cols, R* C,
-                                                         int64_t sc, bool fresh) {
+                                                         int64_t sc, bool fresh, R* scratch) {
+  constexpr int W = kPanel<R>;
   auto range = [&](auto m, int r, int64_t& k0, int64_t& k1) ATTNFAST_LAMBDA {
     if (!tile.limited) return;
     seen_keys<R>(c, tile, r, decltype(m)::value, k0, k1);
     k0 = k0 / 2;
     k1 = (k1 + 1) / 2;
   };
-  multiply_panel<R, true, uint32_t>(tile.nq, (tile.nk + 1) / 2, P, kPanel<R>, {B.words, B.stride}, C, sc,
+  bool bad[kKeyTile], dirty = tile.masked && !B.finite;
+  PairRows clean = dirty ? zero_nonfinite_pairs(B, tile.nk, reinterpret_cast<uint32_t*>(scratch), bad) : B;
+  multiply_panel<R, true, uint32_t>(tile.nq, (tile.nk + 1) / 2, P, W, {clean.words, clean.stride}, C, sc,
                                     int(padded<R>(cols) / kLanes<R>), fresh, range);
+  for (int k = 0; dirty && k < tile.nk; k++)
+    for (int q = 0; bad[k] && q < tile.nq; q++)
+      if (tile.visible(q, k))
+        for (int64_t d = 0; d < cols; d++)
+          C[q * sc + d] += half_of(P[k / 2 * W + q], k) * half_of(B.words[k / 2 * B.stride + d], k);
 }
+// C[key] += sum over queries of P[key][query] * B[query]
 template <class R>
 __attribute__((noinline)) void accumulate_pairs_by_key(const ScoreTile<R>& tile, const BFloat16* P, const PairRows& B,
-                                                       int64_t cols, R* C, int64_t sc) {
+                                                       int64_t cols, R* C, int64_t sc, R* scratch) {
+  constexpr int W = kPanel<R>;
   auto range = [&](auto m, int r, int64_t& q0, int64_t& q1) ATTNFAST_LAMBDA {
     if (!tile.limited) return;
     seeing_queries<R>(tile, r, decltype(m)::value, q0, q1);
     q0 = q0 / 2;
     q1 = (q1 + 1) / 2;
   };
-  multiply_panel<R, false, BFloat16>(tile.nk, (tile.nq + 1) / 2, P, kPanel<R>, {B.words, B.stride}, C, sc,
+  bool bad[W], dirty = tile.masked && !B.finite;
+  PairRows clean = dirty ? zero_nonfinite_pairs(B, tile.nq, reinterpret_cast<uint32_t*>(scratch), bad) : B;
+  multiply_panel<R, false, BFloat16>(tile.nk, (tile.nq + 1) / 2, P, W, {clean.words, clean.stride}, C, sc,
                                      int(padded<R>(cols) / kLanes<R>), false, range);
+  for (int q = 0; dirty && q < tile.nq; q++)
+    for (int k = 0; bad[q] && k < tile.nk; k++)
+      if (tile.visible(q, k))
+        for (int64_t d = 0; d < cols; d++)
+          C[k * sc + d] += load_one<float>(P + k * W + q) * half_of(B.words[q / 2 * B.stride + d], q);
 }
 
 }  // namespace
