@@ -208,6 +208,10 @@ ATTNFAST_INLINE Vec<R> load_partial(const T* p, int count) {
     return (Vec<double>)_mm512_maskz_loadu_pd(__mmask8(mask), p);
   } else if constexpr (std::is_same_v<T, float>) {
     return (VecF)_mm512_maskz_loadu_ps(__mmask16(mask), p);
+  } else if constexpr (std::is_same_v<T, bool>) {
+    alignas(16) T part[kLanes<R>];
+    _mm_store_si128(reinterpret_cast<__m128i*>(part), _mm_maskz_loadu_epi8(__mmask16(mask), p));
+    return load_as<R>(static_cast<const T*>(part));
   } else {
     alignas(32) T part[kLanes<R>];
     _mm256_store_si256(reinterpret_cast<__m256i*>(part), _mm256_maskz_loadu_epi16(__mmask16(mask), p));
