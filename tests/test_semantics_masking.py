@@ -233,7 +233,11 @@ def test_s02_causal_poison_in_the_future(backend: Any, dtype: torch.dtype, causa
     for name in ("key", "value"):
         inputs[name][:, :, at] = NAN
     have = run_attention(backend.attention, inputs, causal=causal).output
-    torch.testing.assert_close(have[:, :, :at], want[:, :, :at])
+    # NaN rows make their panel shift by true maxima instead of the lazy one. That changes the last bits of weights, and
+    # where those are rounded to bfloat16 for the product, which way.
+    rounded = dtype == torch.bfloat16 and backend.isa == "avx512_bf16"
+    close = {"rtol": 1.6e-2, "atol": 2**-9} if rounded else {}
+    torch.testing.assert_close(have[:, :, :at], want[:, :, :at], **close)
     assert have[:, :, at:].isnan().all()
     x = {n: t.requires_grad_() for n, t in inputs.items()}
     output = backend.attention(x["query"], x["key"], x["value"], causal=causal)
