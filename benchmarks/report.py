@@ -295,7 +295,7 @@ def _additive_lines(rows: list[Row]) -> list[str]:
     peers = [name for name in _peers(rows) if name != OURS]
     lines = [
         "Additive attention: times of others over attnfast's. `eager` is the formula in torch, `compile` the same "
-        "under `torch.compile`.",
+        f"under `torch.compile`. Commit {rows[0].commit or 'unknown'}, {rows[0].date}.",
         "",
         f"| B,T_q x T_k,D | pass | threads | attnfast | {' | '.join(peers)} | extra MiB: ours / eager |",
         f"|---|---|---|---|{'---|' * len(peers)}---|",
