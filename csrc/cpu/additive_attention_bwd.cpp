@@ -146,22 +146,9 @@ __attribute__((noinline)) void gradient_tile(const Backward<R>& f, const HeadCon
     dots_by_dimension<R>(values, panel.grad_out, f.value_pad, tile, S);
   else
     raw_scores<R>(values, p.value_size, panel.packed_grad, S, tile.nk, vectors, tile.bands_or_null());
-  if (p.grad_weights.data) weight_gradient_tile<R>(c, tile, s.rows, s.extra);
-  if (p.dropout_p > 0) dropout_tile<R>(c, tile, s.keep);
-  for (int k = 0; k < tile.nk; k++) {
-    for (int j = 0; j < vectors; j++) {
-      int64_t i = k * W + N * j;
-      Vec<R> x = load(S + i), w = load(P + i);
-      if (p.grad_weights.data) x += load(s.extra + i);
-      if (p.dropout_p > 0) x *= load(s.keep + i);
-      Vec<R> y = w * (x + load(panel.minus_delta + N * j));
-      if (p.softcap > 0 && through_cap) y *= load(s.slope + i);
-      // Selected, not multiplied: x may be NaN where the weight is zero by a mask.
-      store(S + i, w == R(0) ? Vec<R>{} : y);
-      if (p.dropout_p > 0) store(P + i, w * load(s.keep + i));
-    }
+  finish_score_gradient<R>(c, tile, panel.minus_delta, through_cap ? s.slope : nullptr, s.rows, s.extra, s.keep, P, S);
+  for (int k = 0; k < tile.nk; k++)
     for (int q = tile.nq; q < filled; q++) S[k * W + q] = R(0);
-  }
 }
 
 // ---------------------------------------------------------------- the gradient pass
@@ -334,13 +321,9 @@ void gradient_task(const Backward<R>& f, int64_t task) {
           for (int64_t x = 0; x < used; x += N) store(panels[i].dims + d * (W + 1) + x, Vec<R>{});
       }
       bool loaded_panels = false;
-      int64_t begin = 0, end = 0;
-      if (valid > 0) {
-        begin = first_key(c.band, q0) / kKeyTile * kKeyTile;
-        end = end_key(c.band, q0 + valid - 1);
-        begin = begin < keys0 ? keys0 : begin;
-        end = end > keys1 ? keys1 : end;
-      }
+      auto [begin, end] = valid > 0 ? visible_keys(c, q0, valid) : KeyRange{0, 0};
+      begin = begin < keys0 ? keys0 : begin;
+      end = end > keys1 ? keys1 : end;
       for (int64_t k0 = begin; k0 < end; k0 += kKeyTile) {
         int nk = int(end - k0 < kKeyTile ? end - k0 : kKeyTile);
         Rows<R> values{};
@@ -464,7 +447,7 @@ void bias_task(const Backward<R>& f, int64_t task) {
       for (int64_t i = panel0; i < panel1 && i * W < c.s.queries; i++) {
         int64_t q0 = i * W;
         int nq = int(c.s.queries - q0 < W ? c.s.queries - q0 : W);
-        int64_t begin = first_key(c.band, q0) / kKeyTile * kKeyTile, end = end_key(c.band, q0 + nq - 1);
+        auto [begin, end] = visible_keys(c, q0, nq);
         if (o.by_column) {
           begin = begin > unit * kKeyTile ? begin : unit * kKeyTile;
           end = end < (unit + 1) * kKeyTile ? end : (unit + 1) * kKeyTile;

@@ -27,6 +27,31 @@ void weight_gradient_tile(const HeadContext& c, const ScoreTile<R>& tile, R* row
   }
 }
 
+// S = dS and P = the applied probabilities, from P before dropout and S = dP of the products alone. `slope`: the
+// derivative of the soft cap, or null for dS after it. rows, extra, keep: room for a tile each.
+template <class R>
+void finish_score_gradient(const HeadContext& c, const ScoreTile<R>& tile, const R* minus_delta, const R* slope,
+                           R* rows, R* extra, R* keep, R* P, R* S) {
+  constexpr int N = kLanes<R>, W = kPanel<R>;
+  const AttentionParams& p = *c.p;
+  int vectors = (tile.nq + N - 1) / N;
+  bool at_weights = p.grad_weights.data, dropout = p.dropout_p > 0, capped = p.softcap > 0 && slope;
+  if (at_weights) weight_gradient_tile<R>(c, tile, rows, extra);
+  if (dropout) dropout_tile<R>(c, tile, keep);
+  for (int k = 0; k < tile.nk; k++)
+    for (int j = 0; j < vectors; j++) {
+      int64_t i = k * W + N * j;
+      Vec<R> x = load(S + i), w = load(P + i);
+      if (at_weights) x += load(extra + i);
+      if (dropout) x *= load(keep + i);
+      Vec<R> y = w * (x + load(minus_delta + N * j));
+      if (capped) y *= load(slope + i);
+      // Selected, not multiplied: x may be NaN where the weight is zero by a mask.
+      store(S + i, w == R(0) ? Vec<R>{} : y);
+      if (dropout) store(P + i, w * load(keep + i));
+    }
+}
+
 // delta[row] = rowsum(dO * O) + shift for a few rows.
 constexpr int64_t kDeltaRows = 64;
 static inline int64_t delta_pieces(const AttentionParams& p) { return (p.query_tokens + kDeltaRows - 1) / kDeltaRows; }

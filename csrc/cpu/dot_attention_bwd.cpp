@@ -152,7 +152,7 @@ __attribute__((noinline)) void gradient_tile(const HeadContext& c, const ScoreTi
   }
   probability_tile<R, T>(c, tile, keys, panel.query, P, s.slope);
   bool direct = p.dropout_p > 0 || p.grad_weights.data || p.softcap > 0;
-  bool masked = tile.masked;
+  bool masked = tile.masked();
   if (!direct) {
     score_product<R, T>(values, steps_of<T>(p.value_size), panel.packed_grad, panel.minus_delta, S, tile.nk, vectors,
                         tile.bands_or_null(), R(0), [&](auto m, auto& x, int r, int j) ATTNFAST_LAMBDA {
@@ -167,19 +167,7 @@ __attribute__((noinline)) void gradient_tile(const HeadContext& c, const ScoreTi
     return;
   }
   raw_scores<R, T>(values, steps_of<T>(p.value_size), panel.packed_grad, S, tile.nk, vectors, tile.bands_or_null());
-  if (p.grad_weights.data) weight_gradient_tile<R>(c, tile, s.rows, s.extra);
-  if (p.dropout_p > 0) dropout_tile<R>(c, tile, s.keep);
-  for (int k = 0; k < tile.nk; k++)
-    for (int j = 0; j < vectors; j++) {
-      int64_t i = k * W + N * j;
-      Vec<R> x = load(S + i), w = load(P + i);
-      if (p.grad_weights.data) x += load(s.extra + i);
-      if (p.dropout_p > 0) x *= load(s.keep + i);
-      Vec<R> y = w * (x + load(panel.minus_delta + N * j));
-      if (p.softcap > 0 && through_cap) y *= load(s.slope + i);
-      store(S + i, w == R(0) ? Vec<R>{} : y);
-      if (p.dropout_p > 0) store(P + i, w * load(s.keep + i));
-    }
+  finish_score_gradient<R>(c, tile, panel.minus_delta, through_cap ? s.slope : nullptr, s.rows, s.extra, s.keep, P, S);
 }
 
 // What one tile, whose P and dS are in scratch, gives to dV and dK (KEYS) and to dQ (QUERIES).
@@ -412,7 +400,7 @@ void bias_task(const Backward<R>& f, int64_t task) {
       for (int64_t i = panel0; i < panel1 && i * W < c.s.queries; i++) {
         int64_t q0 = i * W;
         int nq = int(c.s.queries - q0 < W ? c.s.queries - q0 : W);
-        int64_t begin = first_key(c.band, q0) / kKeyTile * kKeyTile, end = end_key(c.band, q0 + nq - 1);
+        auto [begin, end] = visible_keys(c, q0, nq);
         if (o.by_column) {
           begin = begin > unit * kKeyTile ? begin : unit * kKeyTile;
           end = end < (unit + 1) * kKeyTile ? end : (unit + 1) * kKeyTile;
@@ -446,24 +434,17 @@ void backward(const DotAttentionParams& p) {
   f.p = &p;
   f.depth_pad = padded<R>(p.head_size);
   f.value_pad = padded<R>(p.value_size);
-  int64_t longest_q = p.query_tokens, longest_k = p.key_tokens;
-  if (p.cu_seqlens_q) {
-    longest_q = longest_k = 0;
-    for (int64_t b = 0; b < p.batch; b++) {
-      Sequence s = sequence_of(p, b);
-      longest_q = s.query_rows > longest_q ? s.query_rows : longest_q;
-      longest_k = s.keys > longest_k ? s.keys : longest_k;
-    }
-  }
-  f.panels = (longest_q + W - 1) / W;
+  Longest longest = longest_sequence(p);
+  f.panels = (longest.queries + W - 1) / W;
   f.blocks = (f.panels + kPanelsPerBlock - 1) / kPanelsPerBlock;
-  f.tiles = (longest_k + kKeyTile - 1) / kKeyTile;
+  f.tiles = (longest.keys + kKeyTile - 1) / kKeyTile;
   f.tile_groups = (f.tiles + kTilesPerTask - 1) / kTilesPerTask;
   f.keys = p.grad_key.data || p.grad_value.data;
   f.queries = p.grad_query.data;
   int64_t heads = p.batch * p.heads, key_heads = p.batch * p.kv_heads;
   bool serial =
-      double(heads) * double(longest_q) * double(longest_k) * double(p.head_size + p.value_size + 8) < kSerialWork / 2;
+      double(heads) * double(longest.queries) * double(longest.keys) * double(p.head_size + p.value_size + 8) <
+      kSerialWork / 2;
 
   if (p.lse) run<R, delta_task<R>>(f, (p.cu_seqlens_q ? 1 : p.batch) * p.heads * delta_pieces(p), serial);
   if (p.grad_sink) run<R, sink_task<R>>(f, p.heads, serial);

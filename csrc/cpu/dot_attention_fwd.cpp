@@ -223,24 +223,16 @@ void forward(const DotAttentionParams& params) {
   f.depth_pad = padded<R>(p.head_size);
   f.value_pad = padded<R>(p.value_size);
   f.query_scale = R(score_scale(p.scale).query);
-  int64_t longest_q = p.query_tokens, longest_k = p.key_tokens;
-  if (p.cu_seqlens_q) {
-    longest_q = longest_k = 0;
-    for (int64_t b = 0; b < p.batch; b++) {
-      Sequence s = sequence_of(p, b);
-      longest_q = s.query_rows > longest_q ? s.query_rows : longest_q;
-      longest_k = s.keys > longest_k ? s.keys : longest_k;
-    }
-  }
+  Longest longest = longest_sequence(p);
   int64_t heads = p.batch * p.heads, rows_per_panel = kPanel<R>;
   for (f.panels = kPanelsPerBlock;; f.panels /= 2) {
-    f.blocks = (longest_q + f.panels * rows_per_panel - 1) / (f.panels * rows_per_panel);
+    f.blocks = (longest.queries + f.panels * rows_per_panel - 1) / (f.panels * rows_per_panel);
     if (f.panels == 1 || heads * f.blocks >= kMinTasks) break;
   }
   f.splits = 1;
   int64_t tasks = heads * f.blocks;
-  if (tasks > 0 && tasks < kMinTasks && longest_k >= 2 * kMinSplitKeys && !p.cu_seqlens_q) {
-    int64_t wanted = (kMinTasks + tasks - 1) / tasks, possible = longest_k / kMinSplitKeys;
+  if (tasks > 0 && tasks < kMinTasks && longest.keys >= 2 * kMinSplitKeys && !p.cu_seqlens_q) {
+    int64_t wanted = (kMinTasks + tasks - 1) / tasks, possible = longest.keys / kMinSplitKeys;
     f.splits = wanted < possible ? wanted : possible;
   }
   f.rows_total = (p.cu_seqlens_q ? 1 : p.batch) * p.heads * p.query_tokens;
@@ -251,7 +243,7 @@ void forward(const DotAttentionParams& params) {
     f.partial_max = f.partial_out + slots * f.value_pad;
     f.partial_sum = f.partial_max + slots;
   }
-  double work = double(heads) * double(longest_q) * double(longest_k) * double(p.head_size + p.value_size + 8);
+  double work = double(heads) * double(longest.queries) * double(longest.keys) * double(p.head_size + p.value_size + 8);
   bool serial = work < kSerialWork;
   parallel_tasks(
       tasks * f.splits, serial,

@@ -48,13 +48,13 @@ template <class R>
 struct ScoreTile {
   LaneBands bands;
   bool limited;          // some key is invisible to some row by position
-  bool masked;           // some entry is masked, by position or by a tensor: `bits` is not null
   const R* add;          // [keys][panel] base-2 addend, anything where `bits` hides the key; null if there is none
   const uint64_t* bits;  // [keys] the queries that see the key, by position and by every tensor; null if all do
   int64_t q0, k0;
   int nq, nk;
 
   const LaneBands* bands_or_null() const { return limited ? &bands : nullptr; }
+  bool masked() const { return bits != nullptr; }  // some entry is masked, by position or by a tensor
   bool plain() const { return !add && !bits; }
   bool visible(int q, int k) const { return !bits || (bits[k] >> q & 1); }
   // x = the score with its addend, or -inf where masked. Selected, not multiplied: x may be NaN there.
@@ -226,7 +226,6 @@ static bool prepare_tile(const HeadContext& c, int64_t q0, int nq, int64_t k0, i
     }
   if (has_addend(p)) tile.add = add;
   tile.bits = hides ? bits : nullptr;
-  tile.masked = hides;
   return !hides || any_bit(bits, nk);
 }
 
@@ -327,7 +326,7 @@ __attribute__((noinline)) void accumulate_by_query(const HeadContext& c, const S
   auto range = [&](auto m, int r, int64_t& k0, int64_t& k1)
                    ATTNFAST_LAMBDA { seen_keys<R>(c, tile, r, decltype(m)::value, k0, k1); };
   CleanRows<R> clean{B, {}};
-  bool dirty = tile.masked && has_nonfinite<R>(B, tile.nk, cols);
+  bool dirty = tile.masked() && has_nonfinite<R>(B, tile.nk, cols);
   if (dirty) zero_nonfinite<R>(B, tile.nk, cols, scratch, clean);
   multiply_panel<R, true, R>(tile.nq, tile.nk, P, W, clean.rows, C, sc, vectors, fresh, range);
   for (int k = 0; dirty && k < tile.nk; k++)
@@ -345,7 +344,7 @@ __attribute__((noinline)) void accumulate_by_key(const ScoreTile<R>& tile, const
   auto range = [&](auto m, int r, int64_t& q0, int64_t& q1)
                    ATTNFAST_LAMBDA { seeing_queries<R>(tile, r, decltype(m)::value, q0, q1); };
   CleanRows<R> clean{B, {}};
-  bool dirty = tile.masked && has_nonfinite<R>(B, tile.nq, cols);
+  bool dirty = tile.masked() && has_nonfinite<R>(B, tile.nq, cols);
   if (dirty) zero_nonfinite<R>(B, tile.nq, cols, scratch, clean);
   multiply_panel<R, false, R>(tile.nk, tile.nq, P, W, clean.rows, C, sc, vectors, false, range);
   for (int q = 0; dirty && q < tile.nq; q++)
@@ -413,7 +412,7 @@ __attribute__((noinline)) void accumulate_pairs_by_query(const HeadContext& c, c
     k0 = k0 / 2;
     k1 = (k1 + 1) / 2;
   };
-  bool bad[kKeyTile], dirty = tile.masked && !B.finite;
+  bool bad[kKeyTile], dirty = tile.masked() && !B.finite;
   PairRows clean = dirty ? zero_nonfinite_pairs(B, tile.nk, reinterpret_cast<uint32_t*>(scratch), bad) : B;
   multiply_panel<R, true, uint32_t>(tile.nq, (tile.nk + 1) / 2, P, W, {clean.words, clean.stride}, C, sc,
                                     int(padded<R>(cols) / kLanes<R>), fresh, range);
@@ -434,7 +433,7 @@ __attribute__((noinline)) void accumulate_pairs_by_key(const ScoreTile<R>& tile,
     q0 = q0 / 2;
     q1 = (q1 + 1) / 2;
   };
-  bool bad[W], dirty = tile.masked && !B.finite;
+  bool bad[W], dirty = tile.masked() && !B.finite;
   PairRows clean = dirty ? zero_nonfinite_pairs(B, tile.nq, reinterpret_cast<uint32_t*>(scratch), bad) : B;
   multiply_panel<R, false, BFloat16>(tile.nk, (tile.nq + 1) / 2, P, W, {clean.words, clean.stride}, C, sc,
                                      int(padded<R>(cols) / kLanes<R>), false, range);

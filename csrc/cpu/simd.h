@@ -348,37 +348,29 @@ ATTNFAST_INLINE const R* exp2_table() {
   else
     return kExp2CoefficientsDouble;
 }
-// 2^x; 0 below the range of normal numbers, something huge or infinite above it, NaN -> NaN. `table` comes from
+// x = 2^x; 0 below the range of normal numbers, something huge or infinite above it, NaN -> NaN. `table` comes from
 // exp2_table; passing it through an empty asm hides its contents from the optimiser.
-template <class R>
-ATTNFAST_INLINE Vec<R> exp2v(Vec<R> x, const R*& table) {
-  constexpr int kDegree = sizeof(R) == 4 ? 5 : 13;
-  asm("" : "+r"(table));
-#if defined(__AVX512DQ__)
-  if constexpr (std::is_same_v<R, float>) {  // f in [0, 1); both instructions know infinities
-    Vec<R> f = (Vec<R>)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF), p = splat(table[kDegree]);
-    ATTNFAST_UNROLL for (int i = kDegree - 1; i >= 0; i--) p = p * f + splat(table[i]);
-    return (Vec<R>)_mm512_scalef_ps((__m512)p, (__m512)x);
-  }
-#endif
-  using I = MaskInt<R>;
-  constexpr R kMagic = sizeof(R) == 4 ? R(0x1.8p23) : R(0x1.8p52);
-  constexpr int kShift = sizeof(R) == 4 ? 23 : 52;
-  constexpr I kBias = sizeof(R) == 4 ? 127 : 1023;
-  constexpr R kMax = R(kBias) + R(0.49), kMin = R(-kBias);
-  // Comparisons that NaN fails, so that it stays.
-  Vec<R> y = x > kMax ? splat(kMax) : x;
-  y = y < kMin ? splat(kMin) : y;
-  Vec<R> t = y + kMagic, f = y - (t - kMagic), p = splat(table[kDegree]);
-  ATTNFAST_UNROLL for (int i = kDegree - 1; i >= 0; i--) p = p * f + splat(table[i]);
-  // The last bits of t are the integer part n; what stands above leaves with the shift. n = -kBias gives the bits of 0.
-  return p * reinterpret_cast<Vec<R>>((reinterpret_cast<Vec<I>>(t) << kShift) + (kBias << kShift));
-}
-// The same for M vectors at once: where a broadcast is an instruction of its own, a few vectors share it.
 template <class R, int M>
 ATTNFAST_INLINE void exp2_block(Vec<R> (&x)[M], const R*& table) {
+  constexpr int kDegree = sizeof(R) == 4 ? 5 : 13;
+#if defined(__AVX512DQ__)
+  if constexpr (std::is_same_v<R, float>) {  // f in [0, 1); both instructions know infinities
+    ATTNFAST_UNROLL for (int i = 0; i < M; i++) {
+      asm("" : "+r"(table));
+      Vec<R> f = (Vec<R>)_mm512_reduce_ps((__m512)x[i], _MM_FROUND_TO_NEG_INF), p = splat(table[kDegree]);
+      ATTNFAST_UNROLL for (int k = kDegree - 1; k >= 0; k--) p = p * f + splat(table[k]);
+      x[i] = (Vec<R>)_mm512_scalef_ps((__m512)p, (__m512)x[i]);
+    }
+    return;
+  }
+#endif
+  // Where a broadcast is an instruction of its own, a few vectors share it, so many that polynomial, fraction and power
+  // of each stay in registers.
 #if defined(__AVX2__) && !defined(__AVX512F__)
-  constexpr int kDegree = sizeof(R) == 4 ? 5 : 13, kGroup = 3;  // polynomial, fraction and power of each in registers
+  constexpr int kGroup = 3;
+#else
+  constexpr int kGroup = 1;
+#endif
   using I = MaskInt<R>;
   constexpr R kMagic = sizeof(R) == 4 ? R(0x1.8p23) : R(0x1.8p52);
   constexpr int kShift = sizeof(R) == 4 ? 23 : 52;
@@ -389,11 +381,14 @@ ATTNFAST_INLINE void exp2_block(Vec<R> (&x)[M], const R*& table) {
     Vec<I> power[kGroup];
     asm("" : "+r"(table));
     ATTNFAST_UNROLL for (int i = 0; i < kGroup; i++) if (first + i < M) {
+      // Comparisons that NaN fails, so that it stays.
       Vec<R> y = x[first + i] > kMax ? splat(kMax) : x[first + i];
       y = y < kMin ? splat(kMin) : y;
       Vec<R> t = y + kMagic;
       f[i] = y - (t - kMagic);
       p[i] = splat(table[kDegree]);
+      // The last bits of t are the integer part n; what stands above leaves with the shift. n = -kBias gives the bits
+      // of 0.
       power[i] = (reinterpret_cast<Vec<I>>(t) << kShift) + (kBias << kShift);
     }
     ATTNFAST_UNROLL for (int k = kDegree - 1; k >= 0; k--) {
@@ -403,9 +398,12 @@ ATTNFAST_INLINE void exp2_block(Vec<R> (&x)[M], const R*& table) {
     ATTNFAST_UNROLL for (int i = 0; i < kGroup; i++) if (first + i < M) x[first + i] =
         p[i] * reinterpret_cast<Vec<R>>(power[i]);
   }
-#else
-  ATTNFAST_UNROLL for (int i = 0; i < M; i++) x[i] = exp2v<R>(x[i], table);
-#endif
+}
+template <class R>
+ATTNFAST_INLINE Vec<R> exp2v(Vec<R> x, const R*& table) {
+  Vec<R> one[1] = {x};
+  exp2_block<R, 1>(one, table);
+  return one[0];
 }
 template <class R>
 ATTNFAST_INLINE Vec<R> exp2v(Vec<R> x) {

@@ -142,7 +142,7 @@ void row_max_task(const WeightsPass<Source>& f, int64_t task) {
         for (int k = 0; k < tile.nk; k++) {
           R x = s.P[k * W + q];
           bool larger = s.index[q] < 0 || x > s.maximum[q] || (x != x && s.maximum[q] == s.maximum[q]);
-          if (!larger || (tile.masked && !tile.visible(q, k))) continue;
+          if (!larger || !tile.visible(q, k)) continue;
           s.maximum[q] = x;
           s.index[q] = c.s.key_begin + tile.k0 + k;
         }
