@@ -41,8 +41,9 @@ def require(names: Iterable[str], wanted: Iterable[str], where: str) -> None:
 def check_sdist(path: Path) -> None:
     with tarfile.open(path) as archive:
         names = archive.getnames()
-    wanted = ["CMakeLists.txt", "csrc/bindings.cpp", "csrc/core/params.h", "attnfast/_C.pyi", "tests/conftest.py",
-              "benchmarks/__init__.py", "tools/check_symbols.py", "Makefile", "LICENSE"]  # fmt: skip
+    wanted = ["CMakeLists.txt", "csrc/bindings/module.cpp", "csrc/core/params.h", "attnfast/_C.pyi",
+              "tests/conftest.py", "benchmarks/__init__.py", "tools/check_symbols.py", "Makefile",
+              "LICENSE"]  # fmt: skip
     require(names, wanted, path.name)
     unwanted = [name for name in names if name.endswith((".so", ".o", ".pyc")) or "/.venv/" in name]
     if unwanted:

@@ -1,0 +1,119 @@
+// The additive core: reads the arguments, fills the parameters, releases the GIL and calls the kernel of the chosen
+// ISA.
+#include <memory>
+#include <string>
+
+#include "bindings/attention_call.h"
+#include "bindings/functions.h"
+#include "cpu/isa.h"
+
+namespace attnfast {
+namespace {
+
+using AdditiveCall = CallOf<AdditiveAttentionParams>;
+
+// A vector of each head or one for all, [H, D] or [1, D].
+const void* set_vector(const TensorView& view, const AdditiveCall& call, bool* by_head) {
+  if (!view) return nullptr;
+  *by_head = view.ndim == 2 && view.size[0] == call.params.heads;
+  check_buffer(view, call.real, {{"H or 1", *by_head ? call.params.heads : 1}, {"D", call.params.head_size}});
+  return view.data;
+}
+void* set_vector_gradient(const TensorView& view, const TensorView& input, const AdditiveCall& call) {
+  if (!view) return nullptr;
+  if (!input) reject(view.name, "None without its input", "a tensor");
+  check_buffer(view, call.real, {{"H or 1", input.size[0]}, {"D", call.params.head_size}});
+  return view.data;
+}
+
+}  // namespace
+
+py::object additive_attention_fwd(PyObject* const* items, Py_ssize_t given) {
+  ArgReader args("additive_attention_fwd", items, given, 25);
+  const TensorView query = args.tensor("query");
+  const TensorView key = args.tensor("key");
+  const TensorView value = args.tensor("value");
+  const TensorView weight = args.tensor("weight");
+  const TensorView score_bias = args.optional_tensor("score_bias");
+  const TensorView out = args.tensor("out");
+  const TensorView lse = args.optional_tensor("lse");
+  const TensorView weights = args.optional_tensor("weights");
+  const TensorView weights_index = args.optional_tensor("weights_index");
+  const int64_t weights_mode = args.integer("weights_mode");
+  AdditiveCall call;
+  Modifiers modifiers;
+  modifiers.read(args, call.params, nullptr);
+
+  call.set_inputs(query, key, value);
+  call.params.weight = set_vector(weight, call, &call.params.weight_by_head);
+  call.params.score_bias = set_vector(score_bias, call, &call.params.score_bias_by_head);
+  call.set_results(out, lse, weights, weights_index, weights_mode);
+  call.set_modifiers(modifiers);
+
+  {
+    const py::gil_scoped_release no_gil;
+    kernels().additive_attention_fwd(call.params);
+  }
+  return py::none();
+}
+
+py::object additive_attention_bwd(PyObject* const* items, Py_ssize_t given) {
+  ArgReader args("additive_attention_bwd", items, given, 36);
+  const TensorView grad_out = args.tensor("grad_out");
+  const TensorView query = args.tensor("query");
+  const TensorView key = args.tensor("key");
+  const TensorView value = args.tensor("value");
+  const TensorView weight = args.tensor("weight");
+  const TensorView score_bias = args.optional_tensor("score_bias");
+  const TensorView out = args.tensor("out");
+  const TensorView lse = args.tensor("lse");
+  const TensorView grad_weights = args.optional_tensor("grad_weights");
+  const TensorView weights_index = args.optional_tensor("weights_index");
+  const int64_t weights_mode = args.integer("weights_mode");
+  const TensorView delta_shift = args.optional_tensor("delta_shift");
+  const TensorView grad_query = args.optional_tensor("grad_query");
+  const TensorView grad_key = args.optional_tensor("grad_key");
+  const TensorView grad_value = args.optional_tensor("grad_value");
+  const TensorView grad_weight = args.optional_tensor("grad_weight");
+  const TensorView grad_score_bias = args.optional_tensor("grad_score_bias");
+  const TensorView grad_bias[2] = {args.optional_tensor("grad_bias"), args.optional_tensor("grad_bias2")};
+  const TensorView grad_sink = args.optional_tensor("grad_sink");
+  AdditiveCall call;
+  Modifiers modifiers;
+  modifiers.read(args, call.params, nullptr);
+  const int64_t threads = args.integer("threads");
+
+  AdditiveAttentionParams& params = call.params;
+  call.set_inputs(query, key, value);
+  params.weight = set_vector(weight, call, &params.weight_by_head);
+  params.score_bias = set_vector(score_bias, call, &params.score_bias_by_head);
+  call.check_out_shape(grad_out);
+  params.grad_out = tensor4(grad_out);
+  call.check_out_shape(out);
+  params.out = tensor4(out);
+  call.check_rows_buffer(lse, call.real);
+  params.lse = lse.data;
+  // A workspace nobody else reads; doubles, so that either type fits.
+  const std::unique_ptr<double[]> delta(new double[static_cast<size_t>(lse.numel())]);
+  params.delta = delta.get();
+  if (delta_shift) {
+    call.check_rows_buffer(delta_shift, call.real);
+    params.delta_shift = delta_shift.data;
+  }
+  call.set_weights("grad_weights", grad_weights, weights_index, weights_mode);
+  if (grad_weights) params.grad_weights = call.weights_view(grad_weights);
+  call.set_gradients(grad_query, grad_key, grad_value);
+  params.grad_weight = set_vector_gradient(grad_weight, weight, call);
+  params.grad_score_bias = set_vector_gradient(grad_score_bias, score_bias, call);
+  call.set_modifiers(modifiers);
+  call.set_modifier_gradients(modifiers, grad_bias, grad_sink);
+  call.set_threads(threads);
+
+  {
+    const py::gil_scoped_release no_gil;
+    kernels().additive_attention_bwd(params);
+  }
+  return py::none();
+}
+
+}  // namespace attnfast
