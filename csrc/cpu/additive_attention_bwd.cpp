@@ -10,6 +10,7 @@
 // The gradient of a bias is added to by these tasks if no other task adds to the same elements; else by a pass of its
 // own whose tasks own disjoint parts.
 #include "additive_attention.h"
+#include "additive_gradient.h"
 #include "additive_tile.h"
 #include "backward_tile.h"
 #include "gemm_tile.h"
@@ -22,13 +23,10 @@ constexpr int kMaxSplits = 8;  // but not further than this: each part holds a d
 constexpr int kMinSplitTiles = 2;
 
 template <class R>
-struct Backward {
-  const AdditiveAttentionParams* p;
-  int64_t depth_pad, value_pad, blocks, tiles, splits, panels, rows_total;
-  bool scores;        // a gradient of query, key, weight or score_bias is wanted
-  R* partial_query;   // [splits][rows][D], only if splits > 1
-  R* partial_weight;  // [B][H][splits][2][D]: dw and d score_bias
-  int bias;           // bias pass: which one
+struct Backward : GradientParts<R> {
+  int64_t blocks, tiles, panels;
+  bool scores;  // a gradient of query, key, weight or score_bias is wanted
+  int bias;     // bias pass: which one
 };
 
 // One panel of queries and what a tile of its gradient needs.
@@ -361,7 +359,7 @@ void gradient_task(const Backward<R>& f, int64_t task) {
       R* bias_sum = s.grad_weight + f.depth_pad;
       for (int64_t q = 0; q < rows; q++) {
         const GradPanel<R>& panel = panels[q / W];
-        R* row = f.splits > 1 ? f.partial_query + (split * f.rows_total + c.row(q0 + q)) * f.depth_pad : s.row;
+        R* row = f.splits > 1 ? f.query_part(split, c.row(q0 + q)) : s.row;
         for (int64_t d = 0; d < f.depth_pad; d += N) {
           Vec<R> x = finished_gradient<R>(weights, panel.dims + q % W * N, W + 1, d);
           if (q >= valid) x = Vec<R>{};
@@ -385,41 +383,12 @@ void gradient_task(const Backward<R>& f, int64_t task) {
           store_row<R>(p.grad_key, first.key_offset(p.grad_key, keys0 + k), p.head_size, row, R(1));
       }
     }
-    R* part = f.partial_weight + ((b * p.heads + h) * f.splits + split) * 2 * f.depth_pad;
+    R* part = f.weight_part(b, h, split);
     for (int64_t i = 0; i < 2 * f.depth_pad; i++) part[i] = s.grad_weight[i];
   }
   if (p.grad_value.data)
     store_rows<R>(p.grad_value, first.key_offset(p.grad_value, keys0), count, p.value_size, grad_value, f.value_pad,
                   R(1));
-}
-
-// dQ of one row, from its parts.
-template <class R>
-void merge_query_task(const Backward<R>& f, int64_t row) {
-  const AdditiveAttentionParams& p = *f.p;
-  int64_t q = row % p.query_tokens, h = row / p.query_tokens % p.heads, b = row / p.query_tokens / p.heads;
-  R* sum = static_cast<R*>(scratch(0, size_t(f.depth_pad) * sizeof(R)));
-  for (int64_t d = 0; d < f.depth_pad; d += kLanes<R>) {
-    Vec<R> x{};
-    for (int64_t i = 0; i < f.splits; i++) x += load(f.partial_query + (i * f.rows_total + row) * f.depth_pad + d);
-    store(sum + d, x);
-  }
-  store_row<R>(p.grad_query, offset4(p.grad_query, b, h, q, 0), p.head_size, sum, R(1));
-}
-
-// dw (part 0) or d score_bias (part 1), from the parts of all tasks.
-template <class R>
-void merge_weights(const Backward<R>& f, int part, bool by_head, R factor, R* out) {
-  const AdditiveAttentionParams& p = *f.p;
-  for (int64_t row = 0; row < (by_head ? p.heads : 1); row++)
-    for (int64_t d = 0; d < p.head_size; d++) {
-      double sum = 0;
-      for (int64_t b = 0; b < p.batch; b++)
-        for (int64_t h = by_head ? row : 0; h < (by_head ? row + 1 : p.heads); h++)
-          for (int64_t i = 0; i < f.splits; i++)
-            sum += double(f.partial_weight[(((b * p.heads + h) * f.splits + i) * 2 + part) * f.depth_pad + d]);
-      out[row * p.head_size + d] = R(sum) * factor;
-    }
 }
 
 // ---------------------------------------------------------------- the bias pass
@@ -472,6 +441,10 @@ void delta_task(const Backward<R>& f, int64_t task) {
   delta_rows<R>(*f.p, task);
 }
 template <class R>
+void merge_query_task(const Backward<R>& f, int64_t row) {
+  merge_query_row<R>(f, row);
+}
+template <class R>
 void sink_task(const Backward<R>& f, int64_t h) {
   sink_gradient<R>(*f.p, h);
 }
@@ -503,12 +476,7 @@ void backward(const AdditiveAttentionParams& p) {
     wanted = wanted < kMaxSplits ? wanted : kMaxSplits;
     f.splits = wanted < possible ? wanted : possible;
   }
-  if (f.scores) {
-    int64_t query_floats = f.splits > 1 ? f.splits * f.rows_total * f.depth_pad : 0;
-    int64_t weight_floats = p.batch * p.heads * f.splits * 2 * f.depth_pad;
-    f.partial_query = static_cast<R*>(scratch(1, size_t(query_floats + weight_floats) * sizeof(R)));
-    f.partial_weight = f.partial_query + query_floats;
-  }
+  if (f.scores) place_parts<R>(f);
   bool serial = double(p.batch * p.heads) * double(longest.queries) * double(longest.keys) *
                     double(p.head_size + p.value_size / 4 + 2) <
                 kSerialTriples / 2;
@@ -533,6 +501,7 @@ void backward(const AdditiveAttentionParams& p) {
 }  // namespace
 
 void additive_attention_bwd(const AdditiveAttentionParams& p) {
+  if (additive_attention_decode_bwd(p)) return;
   if (p.query.dtype == DType::kFloat64)
     backward<double>(p);
   else

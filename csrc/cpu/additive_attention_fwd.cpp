@@ -159,10 +159,12 @@ void forward(const AdditiveAttentionParams& p) {
 }  // namespace
 
 void additive_attention_fwd(const AdditiveAttentionParams& p) {
-  if (p.query.dtype == DType::kFloat64)
+  if (additive_attention_decode(p)) {
+  } else if (p.query.dtype == DType::kFloat64) {
     forward<double>(p);
-  else
+  } else {
     forward<float>(p);
+  }
   if (p.weights_mode != WeightsMode::kNone) additive_attention_weights(p);
 }
 

@@ -13,6 +13,7 @@
 // float64 goes the direct way always.
 #pragma once
 
+#include "additive_single.h"
 #include "softmax_rows.h"
 
 namespace attnfast::ATTNFAST_ISA {
@@ -121,7 +122,9 @@ struct AdditiveWeights {
   R* unit;               // weight times a power of two, the largest in [1, 2): products with x^3 stay in range
   R *half4, *half_dims;  // half of what four terms sum to where tanh is -1, as the tanh-free part of a term
   R scale;               // weight = unit * scale
+  int64_t depth;
   bool has_bias, finite;
+  bool single;  // a call of one query, whose scores are those of additive_single.h
 
   static int64_t floats(int64_t depth_pad) { return 5 * depth_pad; }
   void place(R* base, int64_t depth_pad) {
@@ -139,6 +142,8 @@ static void load_additive_weights(const AdditiveAttentionParams& p, int64_t h, A
   int64_t depth = p.head_size, depth_pad = padded<R>(depth);
   const R* weight = static_cast<const R*>(p.weight) + (p.weight_by_head ? h * depth : 0);
   load_row<R>(weight, 1, depth, w.weight);
+  w.depth = depth;
+  w.single = single_query(p);
   w.has_bias = p.score_bias != nullptr;
   if (w.has_bias)
     load_row<R>(static_cast<const R*>(p.score_bias) + (p.score_bias_by_head ? h * depth : 0), 1, depth, w.bias);
@@ -284,6 +289,21 @@ static void additive_scores(const AdditiveWeights<R>& w, AdditiveRows<R>& querie
                             int64_t depth_pad, const ScoreTile<R>& tile, bool want_dims, R* P) {
   Tier tier = additive_tier<R>(w, queries, keys);
   bool exponentials = uses_exponentials(tier), few = dims_in_lanes<R>(queries.count);
+  if (w.single) {
+    if (want_dims) {
+      shape_rows<R>(queries, depth_pad, exponentials, false, true);
+      shape_rows<R>(keys, depth_pad, exponentials, false, true);
+    }
+    alignas(64) R scores[kKeyTile];
+    single_query_scores<false, R>(keys.rows.data, keys.rows.stride, tile.nk, static_cast<R*>(nullptr),
+                                  queries.rows.data, w.weight, Extent<R>(w.depth), static_cast<R*>(nullptr), 0, scores);
+    for (int k = 0; k < tile.nk; k++) {
+      Vec<R> x{};
+      x[0] = scores[k];
+      store(P + k * kPanel<R>, x);
+    }
+    return;
+  }
   shape_rows<R>(queries, depth_pad, exponentials, !(few && exponentials), want_dims || few);
   shape_rows<R>(keys, depth_pad, exponentials, false, true);
   if constexpr (std::is_same_v<R, float>) {

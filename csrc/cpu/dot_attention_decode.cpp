@@ -1,16 +1,13 @@
 // Decode: one query per head. The work is one pass over keys and values, so the kernel streams them: lanes run along D,
 // 16 (8) key rows are reduced at once, half types are widened in registers. Long key rows are split, the split chosen
 // from shapes alone, and partial states are merged in order. For inference only: see the end of the file.
+#include "decode_rows.h"
 #include "dot_attention.h"
 #include "parallel.h"
-#include "score_tile.h"
 
 namespace attnfast::ATTNFAST_ISA {
 namespace {
 
-// Keys, then their values: long runs of one stream. The processor's own prefetcher follows them; prefetching by hand
-// cost up to a third of the speed.
-constexpr int64_t kDecodeChunk = 512;
 constexpr int64_t kSplitKeys = 512;  // at least this many keys a split
 constexpr int64_t kMinTasks = 16;
 
@@ -21,79 +18,6 @@ struct Decode {
   R *partial_out, *partial_max, *partial_sum;  // [head][split]
   R query_scale, score_scale;
 };
-
-// Lane i of the result is the sum of the lanes of r[i]: each step adds pairs of rows while it interleaves them, which
-// takes half the shuffles of a transpose.
-template <int S, class R>
-ATTNFAST_INLINE Vec<R> sum_of_rows(Vec<R>* r) {
-  constexpr int N = kLanes<R>;
-  if constexpr (S == N) {
-    return r[0];
-  } else {
-    ATTNFAST_UNROLL for (int i = 0; i < N; i += 2 * S) {
-      exchange<S, R>(r[i], r[i + S], std::make_integer_sequence<int, N>());
-      r[i] += r[i + S];
-    }
-    return sum_of_rows<S * 2, R>(r);
-  }
-}
-
-// Base-2 addends of some keys, -inf where masked; false if the call has none.
-template <class R>
-bool load_addends(const HeadContext& c, int64_t k0, int n, R* row, R* add) {
-  const AttentionParams& p = *c.p;
-  if (!has_addend(p) && !p.mask.data) return false;
-  constexpr R kLowest = std::is_same_v<R, double> ? R(-__DBL_MAX__) : R(-__FLT_MAX__);
-  R slope =
-      p.alibi_slopes
-          ? static_cast<const R*>(p.alibi_slopes)[c.s.batch * p.alibi_stride[0] + c.h * p.alibi_stride[1]] * R(kLog2e)
-          : R(0);
-  for (int i = 0; i < n; i++) {
-    int64_t distance = c.band.offset - (k0 + i);
-    add[i] = -slope * R(distance < 0 ? -distance : distance);
-  }
-  for (const Tensor4& bias : p.bias)
-    if (bias.data) {
-      load_rows<R>(bias, offset4(bias, c.s.tensor_batch, c.h, 0, k0), 1, n, row, kDecodeChunk);
-      for (int i = 0; i < n; i++) {
-        R sum = add[i] + row[i] * R(kLog2e);
-        bool finite = row[i] != -infinity<R>() && add[i] != -infinity<R>();
-        add[i] = finite && sum < kLowest ? kLowest : sum;
-      }
-    }
-  if (p.mask.data) {
-    load_rows<R>(p.mask, offset4(p.mask, c.s.tensor_batch, c.h, 0, k0), 1, n, row, kDecodeChunk);
-    for (int i = 0; i < n; i++)
-      if (row[i] == R(0)) add[i] = -infinity<R>();
-  }
-  return true;
-}
-
-// Rows of n elements in whole vectors and a rest.
-template <class R>
-struct Extent {
-  int64_t whole;
-  int rest;
-  explicit Extent(int64_t n) : whole(n / kLanes<R> * kLanes<R>), rest(int(n - whole)) {}
-};
-
-template <class R, class T>
-ATTNFAST_INLINE Vec<R> partial_dot(const T* k, const R* query, Extent<R> depth) {
-  Vec<R> a{};
-  for (int64_t d = 0; d < depth.whole; d += kLanes<R>) a += load_as<R>(k + d) * load(query + d);
-  if (depth.rest) a += load_partial<R>(k + depth.whole, depth.rest) * load(query + depth.whole);
-  return a;
-}
-
-// out += weight * v
-template <class R, class T>
-ATTNFAST_INLINE void add_scaled(const T* v, R weight, R* out, Extent<R> width) {
-  for (int64_t x = 0; x < width.whole; x += kLanes<R>) store(out + x, load(out + x) + load_as<R>(v + x) * weight);
-  if (width.rest) {
-    R* last = out + width.whole;
-    store(last, load(last) + load_partial<R>(v + width.whole, width.rest) * weight);
-  }
-}
 
 template <class R, class T>
 void decode_task(const Decode<R>& f, int64_t task) {
@@ -151,28 +75,7 @@ void decode_task(const Decode<R>& f, int64_t task) {
     }
     sum += sum_lanes<R>(chunk_sum);
     const T* v = values + k0 * value_stride;
-    int i = 0;
-    if (!masked)
-      for (; i + 4 <= n; i += 4) {
-        const T *a = v + i * value_stride, *b = a + value_stride, *d = b + value_stride, *e = d + value_stride;
-        for (int64_t x = 0; x < width.whole; x += N) {
-          Vec<R> left = load_as<R>(a + x) * weight[i] + load_as<R>(b + x) * weight[i + 1];
-          Vec<R> right = load_as<R>(d + x) * weight[i + 2] + load_as<R>(e + x) * weight[i + 3];
-          store(out + x, load(out + x) + (left + right));
-        }
-        if (width.rest) {
-          int64_t x = width.whole;
-          Vec<R> left =
-              load_partial<R>(a + x, width.rest) * weight[i] + load_partial<R>(b + x, width.rest) * weight[i + 1];
-          Vec<R> right =
-              load_partial<R>(d + x, width.rest) * weight[i + 2] + load_partial<R>(e + x, width.rest) * weight[i + 3];
-          store(out + x, load(out + x) + (left + right));
-        }
-      }
-    for (; i < n; i++) {
-      if (masked && add[i] == -infinity<R>()) continue;  // selected out: its value may be NaN
-      add_scaled<R>(v + i * value_stride, weight[i], out, width);
-    }
+    add_weighted_rows<R>(v, value_stride, n, weight, masked ? add : nullptr, width, out);
   }
   if (f.splits > 1) {
     f.partial_max[task] = maximum;
