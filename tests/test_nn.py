@@ -387,34 +387,7 @@ def test_multi_head_gradients(score: str) -> None:
     assert torch.autograd.gradcheck(run, [rand(1, 3, 4).requires_grad_(), *module.parameters()])
 
 
-# --- initial values, texts, errors ----------------------------------------------------------------------------------
-
-
-def test_published_initial_values() -> None:
-    torch.manual_seed(0)
-    module = BahdanauAttention(100, 120, 80)
-    for weight in (module.query_weight, module.memory_weight):
-        assert abs(weight.std().item() - 0.001) < 5e-5 and abs(weight.mean().item()) < 5e-5
-    assert module.score_weight.eq(0).all() and module.bias.eq(0).all()
-    for luong_like in (
-        LuongAttention(50, 60, "concat", local="p"),
-        LuongAttention(50, 60, "location", max_length=70),
-        LocationAttention(50, 60, 70),
-    ):
-        for parameter in luong_like.parameters():
-            assert parameter.abs().max() <= 0.1 and parameter.abs().max() > 0.09
-            assert abs(parameter.mean().item()) < 0.03
-    module = LocationSensitiveAttention(50, 60, 70)
-    assert module.location_kernel.shape == (10, 1, 201)
-    for name, parameter in module.named_parameters():
-        assert parameter.eq(0).all() if name == "bias" else abs(parameter.std().item() - 0.1) < 0.03
-    module = Attention(64, 32, heads=4)
-    for layer in (module.query, module.key, module.value, module.output):
-        bound = math.sqrt(6 / sum(layer.weight.shape))
-        assert 0.98 * bound < layer.weight.abs().max() <= bound and layer.bias.eq(0).all()
-    before = module.query.weight.clone()
-    module.reset_parameters()
-    assert not torch.equal(module.query.weight, before)
+# --- texts, errors --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -495,25 +468,6 @@ def test_wrong_use(name: str) -> None:
     call, exception, pattern = WRONG[name]
     with pytest.raises(exception, match=pattern):
         call()
-
-
-# --- memory ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("make", [lambda: LuongAttention(8, 256), lambda: BahdanauAttention(8, 256, 192)])
-def test_a_step_allocates_its_outputs_and_nothing_of_the_memorys_size(make: Callable[[], Any]) -> None:
-    from torch.profiler import ProfilerActivity, profile
-
-    module, tokens = make(), 3000
-    with torch.no_grad():
-        projected = module.project_memory(torch.randn(2, tokens, 256))
-        query, lengths = torch.randn(2, 8), torch.tensor([tokens, 1000])
-        module.step(query, projected, lengths)
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-            module.step(query, projected, lengths)
-    allocated = sum(max(0, event.self_cpu_memory_usage) for event in trace.events())
-    outputs = 4 * 2 * (tokens + 256)
-    assert allocated < outputs + 4 * 2 * 4 * 256, f"{allocated} bytes beside {outputs} of outputs"
 
 
 def test_state_dict_and_module_names_are_public() -> None:

@@ -36,7 +36,8 @@ class BahdanauAttention(MemoryAttention):
 
     Notes
     -----
-    Initialised as published (appendix B.1): W and U from N(0, 0.001^2), v and b zero, so that attention begins uniform.
+    Initialised as the paper states (appendix B.1): W and U from N(0, 0.001^2), v and every bias zero, so that attention
+    begins uniform. The paper's formula has no b; its authors' program (GroundHog) has one in every layer.
 
     Examples
     --------
@@ -103,8 +104,25 @@ class LocationSensitiveAttention(MemoryAttention):
 
     Notes
     -----
-    All weights are drawn from N(0, 0.1^2) and the bias is zero. The key of a step is ``V h + U f``: that sum, of the
-    size of the projected memory, is formed in every step.
+    All weights are drawn from N(0, 0.1^2) and the bias is zero, as in the authors' program (attention-lvcsr,
+    ``lvsr/configs/prototype_speech.yaml``; there, too, only V h has a bias). Which weights the first step shall see as
+    the ones before it the formula leaves open: here they are zero. That program begins with a 1 at the first position;
+    pass it as `previous` to begin so.
+
+    The key of a step is ``V h + U f``. The features f ``[B, T_k, filters]`` and that sum, of the size of the projected
+    memory, are formed in every step but the first.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from attnfast.nn import LocationSensitiveAttention
+    >>> attention = LocationSensitiveAttention(query_size=8, memory_size=6, units=16, kernel_size=21)
+    >>> projected = attention.project_memory(torch.randn(2, 50, 6))
+    >>> weights = torch.zeros(2, 50)
+    >>> for state in torch.randn(3, 2, 8):
+    ...     context, weights = attention.step(state, projected, previous=weights)
+    >>> context.shape, weights.shape
+    (torch.Size([2, 6]), torch.Size([2, 50]))
     """
 
     def __init__(
@@ -225,8 +243,33 @@ class HardAttention(BahdanauAttention):
     position, the first of equal ones. The context has no gradient with respect to the scores. REINFORCE (Williams 1992)
     adds ``-(reward - baseline).detach() * log_prob`` to the loss, and Xu et al. the entropy of `weights`.
 
-    Parameters and initialisation are those of :class:`BahdanauAttention`.
+    Parameters are those of :class:`BahdanauAttention`.
+
+    Notes
+    -----
+    The paper states no initial values. Weights are drawn from N(0, 0.01^2) and the bias is zero, as in its authors'
+    program (arctic-captions, ``norm_weight`` in ``capgen.py``). That program makes W orthogonal where it is square;
+    this module does not. It also adds a number to all scores, which no softmax can see.
+
+    A draw finds a uniform number among the running sums of the weights. A step in training allocates those sums beside
+    its outputs, in evaluation nothing of that size.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from attnfast.nn import HardAttention
+    >>> attention = HardAttention(query_size=8, memory_size=6, units=16)
+    >>> context, weights, log_prob, choice = attention(torch.randn(2, 3, 8), torch.randn(2, 5, 6))
+    >>> context.shape, weights.shape, log_prob.shape, choice.shape
+    (torch.Size([2, 3, 6]), torch.Size([2, 3, 5]), torch.Size([2, 3]), torch.Size([2, 3]))
     """
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters anew."""
+        for weight in (self.query_weight, self.memory_weight, self.score_weight):
+            nn.init.normal_(weight, std=0.01)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(  # type: ignore[override]
         self, query: Tensor, memory: Tensor | ProjectedMemory, lengths: Tensor | None = None, *,
@@ -237,18 +280,18 @@ class HardAttention(BahdanauAttention):
         if mask is not None and single and mask.dim() == 2:
             mask = mask.unsqueeze(1)
         weights = additive(self, query, memory, lengths, mask, True).weights
-        scores = weights.detach().to(real_dtype(weights.dtype)).log().unsqueeze(1)  # -inf is what cannot be chosen
-        nothing = weights.new_empty(weights.shape[0], 1, 1, 0)  # no query and no key: the bias is the score
-        values = memory.values.unsqueeze(1)
-        result = functional.attention(
-            nothing.expand(-1, -1, query.shape[1], -1), nothing.expand(-1, -1, values.shape[2], -1), values,
-            bias=scores, normalizer="hard_sample" if self.training else "hard", return_weights=True,
-        )  # fmt: skip
-        chosen = result.weights.squeeze(1)  # type: ignore[union-attr]
-        seen = chosen.sum(-1) > 0
-        choice = chosen.argmax(-1).where(seen, -1)
-        log_prob = (weights * chosen).sum(-1).where(seen, 1.0).log()
-        output = HardAttentionOutput(result.output.squeeze(1), weights, log_prob, choice)  # type: ignore[union-attr]
+        if weights.shape[-1] == 0:
+            zeros = weights.new_zeros(weights.shape[:2])
+            context = memory.values.new_zeros(*weights.shape[:2], self.memory_size)
+            output = HardAttentionOutput(context, weights, zeros, zeros.long() - 1)
+            return HardAttentionOutput(*(x.squeeze(1) for x in output)) if single else output
+        top, choice = drawn(weights.detach()) if self.training else weights.detach().max(-1)  # max: the first of equals
+        seen, place = top > 0, choice.clamp(min=0).unsqueeze(-1)
+        otherwise = (0 * top).to(weights.dtype)  # NaN where a score is NaN
+        context = memory.values.gather(1, place.expand(-1, -1, self.memory_size))
+        context = context.to(weights.dtype).where(seen.unsqueeze(-1), otherwise.unsqueeze(-1))
+        log_prob = weights.gather(-1, place).squeeze(-1).where(seen, 1 + otherwise).log()
+        output = HardAttentionOutput(context, weights, log_prob, choice.where(seen, -1))
         return HardAttentionOutput(*(x.squeeze(1) for x in output)) if single else output
 
     def step(  # type: ignore[override]
@@ -268,3 +311,15 @@ def additive(
         nn.functional.linear(query, module.query_weight), memory.keys, memory.values, module.score_weight,
         score_bias=module.bias, key_lengths=lengths, mask=mask, return_weights=mode,
     )  # fmt: skip
+
+
+def drawn(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """(sum of the weights, a position drawn with their probabilities) of each row ``[..., T_k]``.
+
+    The position is the first whose running sum exceeds a uniform share of the whole, so none of weight 0 is drawn: the
+    share is at most 1 - 2^-24 and its product with the sum stays below the sum.
+    """
+    sums = weights.cumsum(-1, dtype=real_dtype(weights.dtype))
+    total = sums[..., -1:]
+    choice = torch.searchsorted(sums, torch.rand_like(total) * total, right=True).clamp(max=weights.shape[-1] - 1)
+    return total.squeeze(-1), choice.squeeze(-1)

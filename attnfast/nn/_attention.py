@@ -44,8 +44,12 @@ class Attention(MemoryAttention):
 
     Notes
     -----
-    Projections are initialised after Glorot and Bengio (uniform), biases with zero; the additive weight from the
-    uniform distribution over +-1 / sqrt(head_size).
+    Vaswani et al. (NeurIPS 2017) state no initial values. Projections are initialised after Glorot and Bengio (AISTATS
+    2010, eq. 16: uniform), biases with zero; the additive weight, which their paper does not have, from the uniform
+    distribution over +-1 / sqrt(head_size).
+
+    A projected memory holds the keys of the cosine divided by their norms. ``l2`` has no such form in the memory's own
+    dtype: its step prepares all keys anew.
 
     Examples
     --------
@@ -96,9 +100,14 @@ class Attention(MemoryAttention):
             nn.init.uniform_(self.score_weight, -(self.head_size**-0.5), self.head_size**-0.5)
 
     def project_memory(self, memory: Tensor) -> ProjectedMemory:
-        """Keys and values of all heads, ``[B, H_kv, T_k, head_size]``."""
+        """Keys (for the cosine of length 1) and values of all heads, ``[B, H_kv, T_k, head_size]``."""
         self._check_memory(memory)
-        return ProjectedMemory(*(self._split(layer(memory), self.kv_heads) for layer in (self.key, self.value)))
+        keys, values = (self._split(layer(memory), self.kv_heads) for layer in (self.key, self.value))
+        return ProjectedMemory(self._comparable(keys), values)
+
+    def _comparable(self, x: Tensor) -> Tensor:
+        """Queries or keys as the function takes them: the cosine is the dot product of unit vectors."""
+        return unit_vectors(x).to(x.dtype) if self.score == "cosine" else x
 
     def _split(self, x: Tensor, heads: int) -> Tensor:
         return x.unflatten(-1, (heads, self.head_size)).transpose(1, 2)
@@ -127,13 +136,13 @@ class Attention(MemoryAttention):
             or None); for one step without the T_q axis.
         """
         query, memory, single = self._prepare(query, memory)
-        operands = (self._split(self.query(query), self.heads), memory.keys, memory.values)
+        operands = (self._comparable(self._split(self.query(query), self.heads)), memory.keys, memory.values)
         options |= {"key_lengths": lengths, "mask": mask, "return_weights": return_weights}
         options |= {"normalizer": self.normalizer, "dropout_p": self.dropout if self.training else 0.0}
         if self.score_weight is not None:
             result = functional.additive_attention(*operands, self.score_weight, **options)
         else:
-            result = functional.attention(*operands, score=self.score, **options)
+            result = functional.attention(*operands, score="dot" if self.score == "cosine" else self.score, **options)
         heads, weights = unpack(result)
         context = self.output(heads.transpose(1, 2).flatten(2))
         if not single:
@@ -170,7 +179,17 @@ class ContentAttention(MemoryAttention):
 
     Notes
     -----
-    Projections are initialised after Glorot and Bengio (uniform), biases with zero.
+    The paper states no initial values. Projections are initialised after Glorot and Bengio (AISTATS 2010, eq. 16:
+    uniform), biases with zero: strength and sharpness then begin near softplus(0) = 0.69 and 1.69.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from attnfast.nn import ContentAttention
+    >>> addressing = ContentAttention(query_size=8, memory_size=6)
+    >>> read, weights = addressing(torch.randn(2, 8), torch.randn(2, 20, 6))
+    >>> read.shape, weights.shape
+    (torch.Size([2, 6]), torch.Size([2, 20]))
     """
 
     def __init__(self, query_size: int, memory_size: int, sharpen: bool = True) -> None:

@@ -90,8 +90,8 @@ class MemoryAttention(nn.Module):
     ) -> tuple[Tensor, Weights]:
         """One step of a decoder: `forward` for a query ``[B, query_size]`` and a memory that is projected already.
 
-        Nothing of the memory's size is allocated beside the weights ``[B, T_k]`` that are returned; what else a step
-        allocates is the context and the projected query.
+        Nothing that grows with the memory is allocated beside the weights ``[B, T_k]`` that are returned; what else a
+        step allocates is the context and the projected query. Modules that need more say so in their notes.
         """
         if not isinstance(memory, ProjectedMemory):
             raise TypeError(f"memory: step takes what project_memory returns, got {type(memory).__name__}")

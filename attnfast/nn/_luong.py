@@ -44,8 +44,18 @@ class LuongAttention(MemoryAttention):
 
     Notes
     -----
-    All parameters are drawn from the uniform distribution over [-0.1, 0.1], as published. There are no biases. `step`
-    with ``local="m"`` computes the window only; `forward` with ``local="p"`` computes a mask ``[B, T_q, T_k]``.
+    All parameters are drawn from the uniform distribution over [-0.1, 0.1], as published (section 4.1; ``initRange`` of
+    the authors' nmt.hybrid). The formulas have no biases. `step` with ``local="m"`` computes the window only; `forward`
+    with ``local="p"`` computes a mask ``[B, T_q, T_k]``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from attnfast.nn import LuongAttention
+    >>> attention = LuongAttention(query_size=8, memory_size=6, score="general", local="m", window=2)
+    >>> context, weights = attention(torch.randn(2, 4, 8), torch.randn(2, 9, 6), torch.tensor([9, 5]))
+    >>> context.shape, weights.shape
+    (torch.Size([2, 4, 6]), torch.Size([2, 4, 9]))
     """
 
     query_weight: Tensor  # what a choice of score and window does not need is None
@@ -113,9 +123,9 @@ class LuongAttention(MemoryAttention):
             raise TypeError(f"memory: step takes what project_memory returns, got {type(memory).__name__}")
         query, memory, single = self._prepare(query, memory)
         tokens = memory.values.shape[1]
-        first, last = max(0, position - self.window), min(tokens, position + self.window + 1)
-        first = min(first, last)
-        near = ProjectedMemory(memory.keys[:, first:last], memory.values[:, first:last])
+        first = min(max(0, position - self.window), tokens)
+        near = ProjectedMemory(*(x[:, first : position + self.window + 1] for x in memory))
+        last = first + near.keys.shape[1]
         within = None if lengths is None else (lengths - first).clamp(0, last - first)
         context, weights = self._scored(query, near, return_weights, first, key_lengths=within)
         if weights is not None:
@@ -171,8 +181,7 @@ class LuongAttention(MemoryAttention):
         if self.score == "general":
             query = nn.functional.linear(query, self.query_weight)
         elif self.score == "location":
-            options["bias"] = location_scores(query, self.query_weight, first, keys.shape[1]).unsqueeze(1)
-            query, keys = query[..., :0], keys[..., :0]
+            keys = location_keys(query, self.query_weight, first, keys.shape[1])
         return with_one_head(query, keys, memory.values, mode, options)
 
     def extra_repr(self) -> str:
@@ -199,7 +208,17 @@ class LocationAttention(MemoryAttention):
 
     Notes
     -----
-    W is drawn from the uniform distribution over [-0.1, 0.1], as published.
+    W is drawn from the uniform distribution over [-0.1, 0.1], as published (section 4.1). The rows of W are the keys of
+    a dot product, shared by the batch: scores are not formed beforehand.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from attnfast.nn import LocationAttention
+    >>> attention = LocationAttention(query_size=8, memory_size=6, max_length=20)
+    >>> context, weights = attention(torch.randn(2, 8), torch.randn(2, 9, 6))
+    >>> context.shape, weights.shape
+    (torch.Size([2, 6]), torch.Size([2, 9]))
     """
 
     def __init__(self, query_size: int, memory_size: int, max_length: int) -> None:
@@ -216,19 +235,18 @@ class LocationAttention(MemoryAttention):
     def _attend(
         self, query: Tensor, memory: ProjectedMemory, lengths: Tensor | None, mask: Tensor | None, mode: bool | str
     ) -> tuple[Tensor, Weights]:
-        bias = location_scores(query, self.query_weight, 0, memory.keys.shape[1]).unsqueeze(1)
-        options: dict[str, Any] = {"bias": bias, "key_lengths": lengths, "mask": mask}
-        return with_one_head(query[..., :0], memory.keys[..., :0], memory.values, mode, options)
+        keys = location_keys(query, self.query_weight, 0, memory.keys.shape[1])
+        return with_one_head(query, keys, memory.values, mode, {"key_lengths": lengths, "mask": mask})
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, max_length={self.max_length}"
 
 
-def location_scores(query: Tensor, weight: Tensor, first: int, tokens: int) -> Tensor:
-    """Elements ``first ... first + tokens`` of ``W h_t``, ``[B, T_q, tokens]``."""
+def location_keys(query: Tensor, weight: Tensor, first: int, tokens: int) -> Tensor:
+    """Rows ``first ... first + tokens`` of W for every sample, a view ``[B, tokens, query_size]``."""
     if first + tokens > weight.shape[0]:
         raise ValueError(f"memory: expected at most max_length = {weight.shape[0]} positions, got {first + tokens}")
-    return nn.functional.linear(query, weight[first : first + tokens])
+    return weight[first : first + tokens].expand(query.shape[0], -1, -1)
 
 
 def with_one_head(
