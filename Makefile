@@ -29,8 +29,9 @@ $(VENV)/.created:
 	tools/make_venv.sh $(VENV)
 	touch $@
 
-$(VENV)/.requirements: requirements-dev.txt $(VENV)/.created
+$(VENV)/.requirements: requirements-dev.txt requirements-no-deps.txt $(VENV)/.created
 	$(PYTHON) -m pip install --disable-pip-version-check --quiet -r requirements-dev.txt
+	$(PYTHON) -m pip install --disable-pip-version-check --quiet --no-deps -r requirements-no-deps.txt
 	touch $@
 
 $(VENV)/.installed: pyproject.toml setup.py $(VENV)/.requirements

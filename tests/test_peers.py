@@ -3,9 +3,7 @@
 Both are pinned in requirements-dev.txt. Where keras means something else (a query that may see nothing, NaN under a
 mask) the tests pin down both meanings; docs/semantics.md tells users of them.
 
-OpenNMT-py's GlobalAttention is not here. Version 3.5.1 wants torch < 2.3, so pip does not install it beside ours, and
-installed with --no-deps it does not import, whatever the torch: `onmt/__init__.py` loads the whole toolkit, which needs
-pyonmttok and spacy, before it comes to the attention.
+OpenNMT-py's GlobalAttention is in test_peers_opennmt.py.
 """
 
 from __future__ import annotations
