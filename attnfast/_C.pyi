@@ -51,10 +51,13 @@ def dot_attention_fwd(
     cu_seqlens_k: Tensor | None,
     alibi_slopes: Tensor | None,
     sink: Tensor | None,
+    prior_center: Tensor | None,
     seed: Tensor | None,
+    window_bounds: Tensor | None,
     scale: float,
     softcap: float,
     dropout_p: float,
+    prior_sigma: float,
     causal: int,
     window_left: int,
     window_right: int,
@@ -71,6 +74,10 @@ def dot_attention_fwd(
     - ``alibi_slopes`` Real ``[B, H]`` (``[N, H]`` if packed), any strides; ``sink`` Real, contiguous ``[H]``;
       ``seed`` int64 ``[2]``: (seed, offset), needed if ``dropout_p`` > 0.
     - ``softcap`` 0 = off; ``causal`` 0 none, 1 top left, 2 bottom right; windows -1 = unbounded.
+    - ``window_bounds`` int64 ``[B, H, T_q, 2]``, last stride 1: no row sees a key outside its [begin, end), which is
+      cut to the keys of its sequence, whatever it holds.
+    - ``prior_sigma`` 0 = off, else ``prior_center`` Real, contiguous ``[B, H, T_q]``: weights are multiplied by
+      exp(-(key - center)^2 / (2 sigma^2)) after the softmax.
     """
 
 def dot_attention_bwd(
@@ -91,6 +98,7 @@ def dot_attention_bwd(
     grad_bias: Tensor | None,
     grad_bias2: Tensor | None,
     grad_sink: Tensor | None,
+    grad_center: Tensor | None,
     mask: Tensor | None,
     bias: Tensor | None,
     bias2: Tensor | None,
@@ -100,10 +108,13 @@ def dot_attention_bwd(
     cu_seqlens_k: Tensor | None,
     alibi_slopes: Tensor | None,
     sink: Tensor | None,
+    prior_center: Tensor | None,
     seed: Tensor | None,
+    window_bounds: Tensor | None,
     scale: float,
     softcap: float,
     dropout_p: float,
+    prior_sigma: float,
     causal: int,
     window_left: int,
     window_right: int,
@@ -113,14 +124,15 @@ def dot_attention_bwd(
     """Write the gradients that are not None; the modifiers are those of the forward call.
 
     ``out`` and ``lse`` may both be None if T_k is at most ``whole_row_keys()`` and only gradients of ``out`` by query,
-    key and value are asked for, without soft cap, dropout, sink or packing.
+    key and value are asked for, without soft cap, dropout, prior, sink or packing.
 
     - ``delta`` Real, contiguous ``[B, H, T_q]``: workspace, None = the binary's own; ``delta_shift`` likewise, added to
       rowsum(grad_out * out).
     - ``grad_weights`` has the forward's ``weights`` layout and must be given exactly when ``weights_mode`` > 0.
     - ``grad_query``, ``grad_key``, ``grad_value``: inputs' dtype and shape, any strides, written in full.
     - ``grad_bias``, ``grad_bias2``: zero-filled Real buffers of the bias's own shape, expanded to
-      ``[B, H, T_q, T_k]``; dimensions of stride 0 are summed. ``grad_sink`` Real, contiguous ``[H]``.
+      ``[B, H, T_q, T_k]``; dimensions of stride 0 are summed. ``grad_sink`` Real, contiguous ``[H]``;
+      ``grad_center`` Real, contiguous ``[B, H, T_q]``.
     - ``threads``: ``torch.get_num_threads()``; chooses the schedule, never the result.
     """
 
@@ -144,9 +156,12 @@ def additive_attention_fwd(
     cu_seqlens_k: Tensor | None,
     alibi_slopes: Tensor | None,
     sink: Tensor | None,
+    prior_center: Tensor | None,
     seed: Tensor | None,
+    window_bounds: Tensor | None,
     softcap: float,
     dropout_p: float,
+    prior_sigma: float,
     causal: int,
     window_left: int,
     window_right: int,
@@ -179,6 +194,7 @@ def additive_attention_bwd(
     grad_bias: Tensor | None,
     grad_bias2: Tensor | None,
     grad_sink: Tensor | None,
+    grad_center: Tensor | None,
     mask: Tensor | None,
     bias: Tensor | None,
     bias2: Tensor | None,
@@ -188,9 +204,12 @@ def additive_attention_bwd(
     cu_seqlens_k: Tensor | None,
     alibi_slopes: Tensor | None,
     sink: Tensor | None,
+    prior_center: Tensor | None,
     seed: Tensor | None,
+    window_bounds: Tensor | None,
     softcap: float,
     dropout_p: float,
+    prior_sigma: float,
     causal: int,
     window_left: int,
     window_right: int,
@@ -219,10 +238,13 @@ def dot_attention_decode_obstacle(
     cu_seqlens_k: Tensor | None,
     alibi_slopes: Tensor | None,
     sink: Tensor | None,
+    prior_center: Tensor | None,
     seed: Tensor | None,
+    window_bounds: Tensor | None,
     scale: float,
     softcap: float,
     dropout_p: float,
+    prior_sigma: float,
     causal: int,
     window_left: int,
     window_right: int,

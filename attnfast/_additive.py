@@ -27,6 +27,7 @@ def additive_attention(
     bias: Tensor | None = None,
     causal: str | None = None,
     window: tuple[int, int] | None = None,
+    window_center: Tensor | None = None,
     query_lengths: Tensor | None = None,
     key_lengths: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
@@ -62,11 +63,12 @@ def additive_attention(
     score_bias : Tensor, optional
         ``[D]``, or with a head axis ``[H, D]`` or ``[1, D]``; any floating dtype; differentiable.
     normalizer, causal, window, query_lengths, key_lengths, softcap, dropout_p, return_lse, return_weights
-        See :func:`attention`. A `normalizer` other than softmax, and a `prior`, run as plain torch operations on the
-        formula, in O(T_q T_k) memory; their second derivatives, and all of them in forward mode and
+        See :func:`attention`. A `normalizer` other than softmax, and a tensor as `prior`, run as plain torch operations
+        on the formula, in O(T_q T_k) memory; their second derivatives, and all of them in forward mode and
         under ``torch.func`` transforms, take O(T_q T_k D).
-    mask, bias, prior : Tensor, optional
-        See :func:`attention`; without a head axis they have none either: broadcastable to ``[..., T_q, T_k]``.
+    mask, bias, window_center, prior : optional
+        See :func:`attention`; without a head axis they have none either: broadcastable to ``[..., T_q, T_k]``, centres
+        to ``[..., T_q]``.
     alibi_slopes, sink : Tensor, optional
         See :func:`attention`; without a head axis H is 1.
 
@@ -124,6 +126,7 @@ def additive_attention(
         bias=bias,
         causal=causal,
         window=window,
+        window_center=_insert_head(window_center, 2) if headless else window_center,
         query_lengths=query_lengths,
         key_lengths=key_lengths,
         alibi_slopes=alibi_slopes,
@@ -135,8 +138,9 @@ def additive_attention(
     )
     vector = _score_vector("weight", weight, query, headless)
     shift = None if score_bias is None else _score_vector("score_bias", score_bias, query, headless)
-    if is_normalized(normalizer, prior):
+    if normalizer != "softmax" or prior is not None:
         call = _prepare._normalized(call, normalizer, prior)
+    if is_normalized(call.normalizer, call.prior):
         score = blocked_additive_scores(vector, shift)
         results = attend_normalized(*call.arguments, normalizer=normalizer, prior=call.prior, score=score)
         result = _prepare.finish(call, *results)

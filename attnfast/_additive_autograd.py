@@ -37,17 +37,18 @@ def additive_attention(
     sink: Tensor | None,
     options: DotAttentionOptions,
     return_lse: bool,
+    center: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Fused additive attention, differentiable; see ``autograd.dot_attention``.
 
     ``weight`` and ``score_bias`` are ``[H, D]`` or ``[1, D]``, contiguous, in the accumulation dtype; ``options.scale``
     must be 1.
     """
-    inputs = (query, key, value, weight, score_bias, bias, bias2, sink)
+    inputs = (query, key, value, weight, score_bias, bias, bias2, sink, center)
     route = autograd.plan(*(x for x in inputs if x is not None))
     lse: Tensor | None
     if route == "reference":
-        return reference.additive_core(*inputs, options, return_lse)
+        return reference.additive_core(*inputs[:-1], options, return_lse, center=center)
     try:
         if route == "function":
             out, lse, weights = AdditiveAttentionFunction.apply(*inputs, options)
@@ -73,7 +74,7 @@ def _operator(
 
 
 class AdditiveAttentionFunction(Function):
-    """The eager route with a gradient: ``apply(query, ..., sink, options)`` returns out, base-2 lse, weights."""
+    """The eager route with a gradient: ``apply(query, ..., center, options)`` returns out, base-2 lse, weights."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -89,8 +90,8 @@ class AdditiveAttentionFunction(Function):
         saved = ctx.saved_tensors
         if all(grad is None for grad in grads):
             return (None,) * (N_INPUTS + 1)
-        options = DotAttentionOptions._make((*saved[12:], *ctx.scalars))
-        arguments = (*grads, *saved[:12])
+        options = DotAttentionOptions._make((*saved[13:], *ctx.scalars))
+        arguments = (*grads, *saved[:13])
         needs = ctx.needs_input_grad[:N_INPUTS]
         if not autograd.intercepted():
             try:
@@ -104,7 +105,7 @@ class AdditiveAttentionFunction(Function):
 
 
 class AdditiveOperatorForward(Function):
-    """``apply(query, ..., sink, *options)`` with the operator's four results."""
+    """``apply(query, ..., center, *options)`` with the operator's four results."""
 
     generate_vmap_rule = True
 
@@ -130,7 +131,7 @@ class AdditiveOperatorForward(Function):
             return (None,) * (N_INPUTS + _N_OPTIONS)
         needs = ctx.needs_input_grad[:N_INPUTS]
         saved = ctx.saved_tensors
-        found = _run_backward(grad_out, grad_lse, grad_weights, *saved[:12], needs, *saved[12:], *ctx.scalars)
+        found = _run_backward(grad_out, grad_lse, grad_weights, *saved[:13], needs, *saved[13:], *ctx.scalars)
         return (*found, *((None,) * _N_OPTIONS))
 
 
@@ -144,7 +145,7 @@ def _run_backward(*args: Any) -> tuple[Tensor | None, ...]:
 
 
 class AdditiveOperatorBackward(Function):
-    """``apply(grad_out, grad_lse, grad_weights, query, ..., sink, needs, *options)``: see the operator's schema."""
+    """``apply(grad_out, grad_lse, grad_weights, query, ..., center, needs, *options)``: see the operator's schema."""
 
     generate_vmap_rule = True
 
@@ -157,7 +158,7 @@ class AdditiveOperatorBackward(Function):
         options = inputs[N_BWD_TENSORS:]
         require_no_slope_gradient(options)
         # Neither out, lse nor weights: they follow from the inputs, and are differentiated there.
-        ctx.save_for_backward(*inputs[:8], *inputs[12:15], *options[:N_OPTION_TENSORS])
+        ctx.save_for_backward(*inputs[:8], *inputs[12:16], *options[:N_OPTION_TENSORS])
         ctx.needs = inputs[N_BWD_TENSORS - 1]
         ctx.scalars = options[N_OPTION_TENSORS:]
         ctx.set_materialize_grads(False)
@@ -165,10 +166,10 @@ class AdditiveOperatorBackward(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        options = options_of((*saved[11:], *ctx.scalars))
-        wanted = (*ctx.needs_input_grad[:8], *ctx.needs_input_grad[12:15])
+        options = options_of((*saved[12:], *ctx.scalars))
+        wanted = (*ctx.needs_input_grad[:8], *ctx.needs_input_grad[12:16])
         asked = [grad if need else None for grad, need in zip(grads, ctx.needs, strict=True)]
-        found = second_order(asked, saved[:3], saved[3:11], options, wanted, reference.additive_core)
+        found = second_order(asked, saved[:3], saved[3:12], options, wanted, reference.additive_core)
         return (*found[:8], None, None, None, None, *found[8:], *((None,) * (1 + _N_OPTIONS)))
 
 
@@ -178,7 +179,7 @@ _FWD_ROLES = (*_ROLES, *_vmap.INPUT_ROLES[3:], *_OPTION_ROLES)
 _BWD_ROLES = (
     *(_vmap.BATCH,) * 3, *_ROLES, *(_vmap.BATCH,) * 4, *_vmap.INPUT_ROLES[3:], _vmap.PLAIN, *_OPTION_ROLES
 )  # fmt: skip
-_BWD_INPUTS = (3, 4, 5, 6, 7, 12, 13, 14)  # where query ... sink sit among the backward's arguments
+_BWD_INPUTS = (3, 4, 5, 6, 7, 12, 13, 14, 15)  # where query ... center sit among the backward's arguments
 
 _library = ops.LIBRARY
 for _name, _call, _function in (

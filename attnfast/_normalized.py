@@ -1,4 +1,4 @@
-"""Attention with a normaliser other than softmax, or with a prior: plain torch operations, no kernel yet.
+"""Attention with a normaliser other than softmax, or with a tensor as prior: plain torch operations, no kernel yet.
 
 The fused kernels never see a whole row of scores. Sparsemax and entmax need one (their threshold depends on all of it),
 and the others wait for their turn, so these calls run the core of the specification on the prepared operands: memory
@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnfast import _local
 from attnfast import _validate as check
 from attnfast._options import DotAttentionOptions, draw_seed
 from attnfast._reference_core import Attended, ScoreFunction, attend, dot_scores
 
 
 def is_normalized(normalizer: str, prior: Any) -> bool:
-    """Whether a call takes this way."""
-    return prior is not None or normalizer != "softmax"
+    """Whether a call with this checked prior takes this way; the kernels know the softmax and a Gaussian after it."""
+    return normalizer != "softmax" or not (prior is None or _local.is_gaussian(prior))
 
 
 def sample_seed(normalizer: str, options: DotAttentionOptions) -> DotAttentionOptions:

@@ -44,7 +44,7 @@ def require_no_slope_gradient(options: Sequence[Any]) -> None:
 
 
 class OperatorForward(Function):
-    """``apply(query, key, value, bias, bias2, sink, *options)`` with the operator's four results."""
+    """``apply(query, key, value, bias, bias2, sink, center, *options)`` with the operator's four results."""
 
     generate_vmap_rule = True
 
@@ -87,7 +87,7 @@ def run_backward(*args: Any) -> tuple[Tensor | None, ...]:
 
 
 class OperatorBackward(Function):
-    """``apply(grad_out, grad_lse, grad_weights, query, ..., sink, needs, *options)``: see the operator's schema."""
+    """``apply(grad_out, grad_lse, grad_weights, query, ..., center, needs, *options)``: see the operator's schema."""
 
     generate_vmap_rule = True
 
@@ -100,7 +100,7 @@ class OperatorBackward(Function):
         options = inputs[N_BWD_TENSORS:]
         require_no_slope_gradient(options)
         # Neither out, lse nor weights: they follow from the inputs, and are differentiated there.
-        ctx.save_for_backward(*inputs[:6], *inputs[10:13], *options[:N_OPTION_TENSORS])
+        ctx.save_for_backward(*inputs[:6], *inputs[10:14], *options[:N_OPTION_TENSORS])
         ctx.needs = inputs[N_BWD_TENSORS - 1]
         ctx.scalars = options[N_OPTION_TENSORS:]
         ctx.set_materialize_grads(False)
@@ -108,10 +108,10 @@ class OperatorBackward(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        options = DotAttentionOptions._make((*saved[9:], *ctx.scalars))
-        wanted = (*ctx.needs_input_grad[:6], *ctx.needs_input_grad[10:13])
+        options = DotAttentionOptions._make((*saved[10:], *ctx.scalars))
+        wanted = (*ctx.needs_input_grad[:6], *ctx.needs_input_grad[10:14])
         asked = [grad if need else None for grad, need in zip(grads, ctx.needs, strict=True)]
-        found = second_order(asked, saved[:3], saved[3:9], options, wanted)
+        found = second_order(asked, saved[:3], saved[3:10], options, wanted)
         return (*found[:6], None, None, None, None, *found[6:], *((None,) * (1 + _N_OPTIONS)))
 
 

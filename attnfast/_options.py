@@ -1,4 +1,4 @@
-"""What one call of the dot core is told beside its six differentiable tensors, and where dropout's seed comes from."""
+"""What one call of a core is told beside its differentiable tensors, and where dropout's seed comes from."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 WEIGHTS_NONE, WEIGHTS_FULL, WEIGHTS_COLUMN_SUM, WEIGHTS_ROW_MAX = range(4)
-N_OPTION_TENSORS = 7  # mask ... seed
+N_OPTION_TENSORS = 8  # mask ... window_bounds
 
 
 class DotAttentionOptions(NamedTuple):
-    """Everything of one call that is neither one of the six differentiable tensors nor an output.
+    """Everything of one call that is neither a differentiable tensor nor an output.
 
     Attributes
     ----------
@@ -26,8 +26,12 @@ class DotAttentionOptions(NamedTuple):
         Accumulation dtype, 2-D, broadcastable to ``[B, H]``.
     seed : Tensor, optional
         int64 ``[2]`` = (seed, offset); required when ``dropout_p > 0``.
+    window_bounds : Tensor, optional
+        int64, 4-D, broadcastable to ``[B, H, T_q, 2]``: row q sees no key of its sequence outside ``[begin, end)``.
     scale, softcap, dropout_p : float
         ``softcap`` 0 is off.
+    prior_sigma : float
+        Width of the Gaussian prior, whose centre is a differentiable tensor ``[B, H, T_q]``; 0 is off.
     causal : int
         0 none, 1 top-left, 2 bottom-right.
     window_left, window_right : int
@@ -43,9 +47,11 @@ class DotAttentionOptions(NamedTuple):
     cu_seqlens_k: Tensor | None = None
     alibi_slopes: Tensor | None = None
     seed: Tensor | None = None
+    window_bounds: Tensor | None = None
     scale: float = 1.0
     softcap: float = 0.0
     dropout_p: float = 0.0
+    prior_sigma: float = 0.0
     causal: int = 0
     window_left: int = -1
     window_right: int = -1
@@ -61,10 +67,15 @@ class PlainOptions(DotAttentionOptions):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         scalars = self[N_OPTION_TENSORS:-1]
-        modifiers = (None,) * (3 + N_OPTION_TENSORS)  # mask, bias, bias2, lengths, cu_seqlens, alibi_slopes, sink, seed
+        modifiers = (None,) * (4 + N_OPTION_TENSORS)  # beside the option tensors: bias, bias2, sink, prior's centre
         self.forward_tail: tuple[Any, ...] = (None, None, WEIGHTS_NONE, *modifiers, *scalars)
-        self.backward_tail: tuple[Any, ...] = (None, None, None, *modifiers, *scalars)
-        if any(x is not None for x in self[:N_OPTION_TENSORS]) or self.weights_mode or self.dropout_p:
+        self.backward_tail: tuple[Any, ...] = (None, None, None, None, *modifiers, *scalars)
+        if (
+            any(x is not None for x in self[:N_OPTION_TENSORS])
+            or self.weights_mode
+            or self.dropout_p
+            or self.prior_sigma
+        ):
             raise ValueError("PlainOptions: only scale and causal may be chosen")
 
 

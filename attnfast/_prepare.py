@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from attnfast import _local
 from attnfast import _validate as check
 from attnfast._normalized import is_normalized, prior_operand, sample_seed
 from attnfast._scores import l2_operands
@@ -20,7 +21,7 @@ from attnfast.reference import AttentionOutput, SampledAttentionOutput, real_dty
 
 
 class Call(NamedTuple):
-    """Arguments of ``autograd.dot_attention``, and what gives its results the caller's shape and dtype."""
+    """Arguments of ``autograd.dot_attention``, positional, and what gives its results the caller's shape and dtype."""
 
     arguments: tuple[Any, ...]
     dtype: torch.dtype
@@ -70,7 +71,7 @@ def short_sdpa_call(
                 return None
     except (AttributeError, RuntimeError, TypeError):
         return None
-    options = DotAttentionOptions(mask, None, None, None, None, None, None, scale, 0.0, 0.0, int(is_causal))
+    options = DotAttentionOptions(mask, scale=scale, causal=int(is_causal))
     return query, key, value, bias, None, None, options, False
 
 
@@ -134,6 +135,7 @@ def attention_call(
             ("return_lse", return_lse or None),
             ("return_weights", return_weights or None),
             ("prior", prior),
+            ("window_center", options.get("window_center")),
         ):
             check.absent(name, x, "jagged nested tensors (use varlen_attention)")
         return _jagged_call(query, key, value, normalizer=normalizer, **options)
@@ -149,12 +151,16 @@ def attention_call(
         plain=plain,
         **options,
     )
-    return _normalized(call, normalizer, prior) if is_normalized(normalizer, prior) else call
+    return call if normalizer == "softmax" and prior is None else _normalized(call, normalizer, prior)
 
 
 def _normalized(call: Call, normalizer: str, prior: Any) -> Call:
+    """A call with a normaliser other than softmax, or with a prior; a Gaussian one after a softmax is the kernels'."""
     query, key, *modifiers, options, return_lse = call.arguments
     prior = prior_operand(prior, query, key.shape[2], call.leading)
+    if not is_normalized(normalizer, prior):
+        options, center = options._replace(prior_sigma=prior[2]), _local.gaussian_center(prior[1], query)
+        return call._replace(arguments=(query, key, *modifiers, options, return_lse, center))
     arguments = (query, key, *modifiers, sample_seed(normalizer, options), return_lse)
     return call._replace(arguments=arguments, normalizer=normalizer, prior=prior)
 
@@ -181,7 +187,7 @@ def varlen_call(
     cu_seqlens = _cu_seqlens(cu_seqlens_q, cu_seqlens_k)
     query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
     call = _call(query, key, value, cu_seqlens=cu_seqlens, **options)
-    return _normalized(call, normalizer, prior) if is_normalized(normalizer, prior) else call
+    return call if normalizer == "softmax" and prior is None else _normalized(call, normalizer, prior)
 
 
 def finish(call: Call, out: Tensor, lse: Tensor | None, weights: Tensor | None, log_prob: Tensor | None = None) -> Any:
@@ -296,6 +302,7 @@ def _call(
     bias: Tensor | None = None,
     causal: str | None = None,
     window: tuple[int, int] | None = None,
+    window_center: Tensor | None = None,
     query_lengths: Tensor | None = None,
     key_lengths: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
@@ -352,6 +359,12 @@ def _call(
     if alibi_slopes is not None:
         samples = batch if cu_q is None else (cu_q.shape[0] - 1,)
         alibi = _alibi(alibi_slopes, "[N, H]" if packed else "[..., H]", (*samples, heads), real)
+    bounds = None
+    if window_center is not None:
+        rows = f"{pattern.rpartition(',')[0]}]"
+        _local.window_center(window_center, window, rows, target[:-1])
+        bounds = _local.window_bounds(window_center, left, right, key.shape[-2])
+        bounds, left, right = check.fold_score_shaped(bounds, batch, 3), -1, -1
     options = DotAttentionOptions(
         boolean,
         None if query_lengths is None else _lengths("query_lengths", query_lengths, batch),
@@ -360,9 +373,11 @@ def _call(
         cu_k,
         alibi,
         draw_seed() if dropout_p > 0 else None,
+        bounds,
         scale,
         softcap,
         dropout_p,
+        0.0,
         code,
         left,
         right,

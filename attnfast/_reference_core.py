@@ -138,6 +138,9 @@ def _visibility(options: Any, pos: _Positions, biases: Sequence[Tensor]) -> tupl
         rules.append(distance <= options.window_left)
     if options.window_right >= 0:
         rules.append(distance >= -options.window_right)
+    if options.window_bounds is not None:
+        begin, end = options.window_bounds.split(1, -1)
+        rules.append((pos.key >= begin) & (pos.key < end))
     if options.mask is not None:
         rules.append(options.mask)
     rules.extend(bias != -math.inf for bias in biases)
@@ -152,6 +155,19 @@ def _alibi(slopes: Tensor, pos: _Positions, distance: Tensor) -> Tensor:
     if pos.sequence_q is not None and slopes.shape[0] > 1:
         return slopes[pos.sequence_q.flatten()].t()[None, :, :, None] * distance.abs()
     return slopes.unsqueeze(-1).unsqueeze(-1) * distance.abs()
+
+
+def near_center(center: Tensor, window: Sequence[int], key: Tensor) -> Tensor:
+    """``center - left <= key <= center + right``, ``[..., T_q, T_k]``, for centres ``[..., T_q]``; a side of -1 is
+    unbounded, and nothing is near NaN.
+    """
+    left, right = (min(side, 2**61) for side in window)
+    center = center.detach().unsqueeze(-1)
+    center, key = (center.double(), key.double()) if center.is_floating_point() else (center.long(), key)
+    near = (center == center).expand(torch.broadcast_shapes(center.shape, key.shape))
+    if left >= 0:
+        near = near & (key + left >= center)
+    return near & (key - right <= center) if right >= 0 else near
 
 
 # --- products that select -------------------------------------------------------------------------------------------
@@ -299,7 +315,7 @@ def attend(
     row_range = (first_row, first_row + tokens_q, total_rows)
     positions = _positions(options, row_range, tokens_k, query.device)
     visible, distance = _visibility(options, positions, biases)
-    masks = (options.mask, options.query_lengths, options.key_lengths, options.cu_seqlens_q)
+    masks = (options.mask, options.query_lengths, options.key_lengths, options.cu_seqlens_q, options.window_bounds)
     traced_mask = any(x is not None for x in masks)
     query, key, value, exact = select_operands(query, key, value, visible, traced_mask)
     scores = score(query, key, visible, exact) * options.scale

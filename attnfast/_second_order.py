@@ -19,7 +19,7 @@ from attnfast import ops, reference
 
 # Elements of one [B, H, block, T_k] intermediate; about twenty of them live at a time.
 _BLOCK_ELEMENTS = 2**19
-_QUERY = 3  # slots: gradients of out, lse, weights; then the inputs, of which bias, bias2 and sink are the last three
+_QUERY = 3  # slots: gradients of out, lse, weights; then the inputs, of which bias, bias2, sink, center come last
 
 
 def second_order(
@@ -39,13 +39,13 @@ def second_order(
     first_grads : sequence
         What the backward was given: gradients of out, base-2 lse and weights; None = zero.
     inputs : sequence
-        query, key, value, (weight, score_bias,) bias, bias2, sink.
+        query, key, value, (weight, score_bias,) bias, bias2, sink, center.
     options : DotAttentionOptions
         The call's options.
     wanted : sequence of bool
         Which of first_grads, then inputs, need a gradient.
     core : callable
-        The core's specification: ``core(*inputs, options, return_lse, rows=)``.
+        The core's specification: ``core(*inputs, options, return_lse, rows=, center=)``.
 
     Returns
     -------
@@ -65,8 +65,9 @@ def second_order(
     tensors = [*first_grads, *inputs]
     if not torch.is_grad_enabled():  # nothing of a block may stay alive in a graph
         tensors = [None if tensor is None else tensor.detach() for tensor in tensors]
-    biases = (len(tensors) - 3, len(tensors) - 2)
+    biases = (len(tensors) - 4, len(tensors) - 3)
     has_rows = [_has_rows(slot, tensor, rows, options, biases) for slot, tensor in enumerate(tensors)]
+    has_rows[-1] = tensors[-1] is not None  # the centre of a prior
     pieces: list[list[Tensor]] = [[] for _ in tensors]
     # torch.func and not torch.autograd.grad, because this may itself run inside of a vmap.
     with torch.autocast(query.device.type, enabled=False):
@@ -117,13 +118,15 @@ def _block(
     targets = {at: cut(grad, has_rows[at]) for at, grad in enumerate(grad_grads, start=3) if grad is not None}
     if options.mask is not None and options.mask.shape[2] != 1:
         options = options._replace(mask=options.mask.narrow(2, first, size))
+    if options.window_bounds is not None and options.window_bounds.shape[2] != 1:
+        options = options._replace(window_bounds=options.window_bounds.narrow(2, first, size))
 
     def backward(*values: Tensor) -> tuple[Tensor, ...]:
         given = {**parts, **dict(zip(sources, values, strict=True))}
 
         def forward(*values: Tensor) -> tuple[Tensor, ...]:
             operands = [{**given, **dict(zip(targets, values, strict=True))}.get(at) for at in range(3, len(tensors))]
-            out, lse, weights = core(*operands, options, 1 in given, rows=(first, rows))
+            out, lse, weights = core(*operands[:-1], options, 1 in given, rows=(first, rows), center=operands[-1])
             results = (out, None if lse is None else lse / ops.LN2, weights)
             return tuple(result for at, result in enumerate(results) if at in given and result is not None)
 

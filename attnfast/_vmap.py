@@ -23,11 +23,11 @@ GLOBAL = "global"  # has no batch dimension
 SEQUENTIAL = "sequential"  # its presence asks for one sample after another
 PLAIN = "plain"  # not a tensor
 
-INPUT_ROLES = (BATCH, BATCH, BATCH, BROADCAST, BROADCAST, GLOBAL)  # query ... sink
-OPTION_ROLES = (BROADCAST, BATCH, BATCH, SEQUENTIAL, SEQUENTIAL, BROADCAST, SEQUENTIAL) + (PLAIN,) * 7
+INPUT_ROLES = (BATCH, BATCH, BATCH, BROADCAST, BROADCAST, GLOBAL, BATCH)  # query ... center
+OPTION_ROLES = (BROADCAST, BATCH, BATCH, SEQUENTIAL, SEQUENTIAL, BROADCAST, SEQUENTIAL, BROADCAST) + (PLAIN,) * 8
 _FWD_ROLES = INPUT_ROLES + OPTION_ROLES
 _BWD_ROLES = (BATCH,) * 10 + INPUT_ROLES[3:] + (PLAIN,) + OPTION_ROLES
-_BWD_INPUTS = (3, 4, 5, 10, 11, 12)  # where query ... sink sit among the backward's arguments
+_BWD_INPUTS = (3, 4, 5, 10, 11, 12, 13)  # where query ... center sit among the backward's arguments
 
 
 class _CannotFold(Exception):
@@ -144,6 +144,8 @@ def backward_rule(
 def register(library: torch.library.Library) -> None:
     """Register the batching rules of the dot operators."""
     forward, backward = torch.ops.attnfast.dot_attention_fwd.default, torch.ops.attnfast.dot_attention_bwd.default
-    torch.library.register_vmap("attnfast::dot_attention_fwd", forward_rule(forward, _FWD_ROLES, 6), lib=library)
+    torch.library.register_vmap(
+        "attnfast::dot_attention_fwd", forward_rule(forward, _FWD_ROLES, len(INPUT_ROLES)), lib=library
+    )
     rule = backward_rule(backward, _BWD_ROLES, _BWD_INPUTS)
     torch.library.register_vmap("attnfast::dot_attention_bwd", rule, lib=library)

@@ -57,6 +57,7 @@ def dot_attention(
     sink: Tensor | None,
     options: DotAttentionOptions,
     return_lse: bool,
+    center: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Fused dot-product attention, differentiable; see the module's text for the route a call takes.
 
@@ -72,6 +73,8 @@ def dot_attention(
         Everything that has no gradient.
     return_lse : bool
         Whether lse is wanted.
+    center : Tensor, optional
+        Accumulation dtype, contiguous ``[B, H, T_q]``; there exactly if ``options.prior_sigma`` is not 0.
 
     Returns
     -------
@@ -87,8 +90,9 @@ def dot_attention(
         or type(key) not in _PLAIN_TYPES
         or type(value) not in _PLAIN_TYPES
         or (bias is not None and type(bias) not in _PLAIN_TYPES)
+        or (center is not None and type(center) not in _PLAIN_TYPES)
     ):
-        return _unusual(query, key, value, bias, bias2, sink, options, return_lse)
+        return _unusual(query, key, value, bias, bias2, sink, center, options, return_lse)
     try:
         if _grad_enabled() and (
             query.requires_grad
@@ -96,14 +100,15 @@ def dot_attention(
             or value.requires_grad
             or (bias is not None and (bias.requires_grad or (bias2 is not None and bias2.requires_grad)))
             or (sink is not None and sink.requires_grad)
+            or (center is not None and center.requires_grad)
         ):
-            out, lse, weights = _apply(query, key, value, bias, bias2, sink, options)
+            out, lse, weights = _apply(query, key, value, bias, bias2, sink, center, options)
         else:
-            out, lse, weights, _ = _run_forward(query, key, value, bias, bias2, sink, options, return_lse)
+            out, lse, weights, _ = _run_forward(query, key, value, bias, bias2, sink, center, options, return_lse)
     except TypeError:
-        if all_have_storage(query, key, value, bias, bias2, sink, *options[:_N_OPTION_TENSORS]):
+        if all_have_storage(query, key, value, bias, bias2, sink, center, *options[:_N_OPTION_TENSORS]):
             raise
-        return _unusual(query, key, value, bias, bias2, sink, options, return_lse)
+        return _unusual(query, key, value, bias, bias2, sink, center, options, return_lse)
     return out, (lse * ops.LN2 if return_lse else None), weights
 
 
@@ -157,20 +162,21 @@ def _unusual(
     bias: Tensor | None,
     bias2: Tensor | None,
     sink: Tensor | None,
+    center: Tensor | None,
     options: DotAttentionOptions,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Every route but the two eager ones."""
-    if plan(query, key, value, bias, bias2, sink) == "reference":
-        return reference.dot_attention(query, key, value, bias, bias2, sink, options, return_lse)
+    if plan(query, key, value, bias, bias2, sink, center) == "reference":
+        return reference.dot_attention(query, key, value, bias, bias2, sink, options, return_lse, center=center)
     # Under vmap alone the operator keeps derivatives of any order; a functorch gradient needs the Function around it.
     operator = OperatorForward.apply if functorch_differentiates() else FORWARD
-    out, lse, weights, _ = operator(query, key, value, bias, bias2, sink, *options)
+    out, lse, weights, _ = operator(query, key, value, bias, bias2, sink, center, *options)
     return out, (lse * ops.LN2 if return_lse else None), (weights if options.weights_mode else None)
 
 
 class DotAttentionFunction(Function):
-    """The eager route with a gradient: ``apply(query, key, value, bias, bias2, sink, options)``.
+    """The eager route with a gradient: ``apply(query, key, value, bias, bias2, sink, center, options)``.
 
     Returns out, base-2 lse and the weights or None.
     """
@@ -184,13 +190,14 @@ class DotAttentionFunction(Function):
         bias: Tensor | None,
         bias2: Tensor | None,
         sink: Tensor | None,
+        center: Tensor | None,
         options: DotAttentionOptions,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        out, lse, weights, index = _run_forward(query, key, value, bias, bias2, sink, options, True)
+        out, lse, weights, index = _run_forward(query, key, value, bias, bias2, sink, center, options, True)
         ctx.set_materialize_grads(False)
         # Every tensor goes through save_for_backward, so that in-place changes are noticed and saved-tensor hooks run.
         ctx.save_for_backward(
-            query, key, value, out, lse, weights, index, bias, bias2, sink, *options[:_N_OPTION_TENSORS]
+            query, key, value, out, lse, weights, index, bias, bias2, sink, center, *options[:_N_OPTION_TENSORS]
         )
         ctx.scalars = options[_N_OPTION_TENSORS:]
         return out, lse, weights
@@ -202,10 +209,10 @@ class DotAttentionFunction(Function):
         # The kernel runs unless a second derivative is recorded or somebody intercepts.
         saved = ctx.saved_tensors
         if grad_out is None and grad_lse is None and grad_weights is None:
-            return (None,) * 7
-        options = DotAttentionOptions._make((*saved[10:], *ctx.scalars))
-        arguments = (grad_out, grad_lse, grad_weights, *saved[:10])
-        needs = ctx.needs_input_grad[:6]
+            return (None,) * 8
+        options = DotAttentionOptions._make((*saved[11:], *ctx.scalars))
+        arguments = (grad_out, grad_lse, grad_weights, *saved[:11])
+        needs = ctx.needs_input_grad[:7]
         if not intercepted():
             try:
                 return (*_run_backward(*arguments, options, needs), None)
@@ -263,19 +270,18 @@ def _unusual_plain_backward(
     options: PlainOptions, needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """What the backward of a plain Function returns where somebody intercepts or records it."""
-    arguments = (grad_out, None, None, query, key, value, out, lse, None, None, None, None, None)
-    return (*_unusual_backward(arguments, options, (*needs[:3], False, False, False))[:3], None)
+    arguments = (grad_out, None, None, query, key, value, out, lse, *(None,) * 6)
+    return (*_unusual_backward(arguments, options, (*needs[:3], *(False,) * 4))[:3], None)
 
 
 def _unusual_backward(
     arguments: tuple[Tensor | None, ...], options: DotAttentionOptions, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    grad_out, grad_lse, grad_weights, query, key, value, out, lse, weights, index, bias, bias2, sink = arguments
+    grad_out, grad_lse, grad_weights, query, key, value, out, lse, weights, index, *rest = arguments
     assert query is not None
     weights, index = ops.fill_weights(query, weights, index)
     return run_backward(
-        grad_out, grad_lse, grad_weights, query, key, value, out, lse, weights, index, bias, bias2, sink, needs,
-        *options,
+        grad_out, grad_lse, grad_weights, query, key, value, out, lse, weights, index, *rest, needs, *options
     )  # fmt: skip
 
 

@@ -73,7 +73,8 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
         raise TypeError(f"fn: expected one of attnfast's functions {names}, got {getattr(fn, '__name__', fn)!r}")
     with torch.random.fork_rng(devices=[]):  # preparing a call draws its dropout seed
         call = prepare(*args, **kwargs)
-    *tensors, options, return_lse = call.arguments
+    *tensors, options, return_lse = call.arguments[:8]
+    tensors += call.arguments[8:] or [None]
     lines = [_headline(fn, call)]
     if fn.__module__ == reference.__name__:
         return "\n".join([*lines, "kernel: none; attnfast.reference is plain PyTorch by definition"])
@@ -90,7 +91,8 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
 
 
 def _headline(fn: Callable[..., Any], call: _prepare.Call) -> str:
-    query, key, value, _, _, _, options, _ = call.arguments
+    query, key, value, *_ = call.arguments
+    options = call.arguments[6]
     shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in (("query", query), ("key", key), ("value", value)))
     packed = "" if options.cu_seqlens_q is None else f", {options.cu_seqlens_q.shape[0] - 1} packed sequences"
     return f"{fn.__name__}: {shapes}, {str(call.dtype).removeprefix('torch.')}{packed}"
@@ -98,7 +100,7 @@ def _headline(fn: Callable[..., Any], call: _prepare.Call) -> str:
 
 def _normalized(call: _prepare.Call) -> list[str]:
     wanted = [] if call.normalizer == "softmax" else [f"normalizer {call.normalizer!r}"]
-    wanted += [] if call.prior is None else ["a prior"]
+    wanted += [] if call.prior is None else ["a prior" if wanted else "a tensor as prior"]
     return [
         "route: torch, plain PyTorch operations in O(T_q T_k) memory; torch gives the derivatives, of every order",
         f"kernel: none; {' and '.join(wanted)} {'have' if len(wanted) > 1 else 'has'} no fused kernel",
@@ -106,7 +108,7 @@ def _normalized(call: _prepare.Call) -> list[str]:
 
 
 def _kernel(tensors: list[Any], options: DotAttentionOptions, need_lse: bool) -> list[str]:
-    query, key, value, bias, bias2, sink = tensors
+    query, key, value, bias, bias2, sink, center = tensors
     dtype = str(query.dtype).removeprefix("torch.")
     real = str(reference.real_dtype(query.dtype)).removeprefix("torch.")
     arithmetic = f"{dtype} widened to {real}" if dtype != real else f"{real} arithmetic"
@@ -118,8 +120,10 @@ def _kernel(tensors: list[Any], options: DotAttentionOptions, need_lse: bool) ->
     if alibi is not None:
         rows = shape[0] if options.cu_seqlens_q is None else options.cu_seqlens_q.shape[0] - 1
         alibi = alibi.expand(rows, shape[1])
-    biases = (_detached(bias), _detached(bias2))
-    modifiers: list[Any] = [mask, *biases, *options[1:5], alibi, _detached(sink), *options[6:13]]
+    bounds = None if options.window_bounds is None else options.window_bounds.expand(*shape[:3], 2)
+    rest = (_detached(sink), _detached(center), options.seed, bounds)
+    scalars = options[ops.N_OPTION_TENSORS : -1]
+    modifiers: list[Any] = [mask, _detached(bias), _detached(bias2), *options[1:5], alibi, *rest, *scalars]
     obstacle = _C.dot_attention_decode_obstacle(query.detach(), key.detach(), value.detach(), *modifiers)
     if obstacle is None and need_lse:
         obstacle = "lse is wanted (returned, for weights or for a gradient), and must match the scores of tiles"

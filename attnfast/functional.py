@@ -142,6 +142,7 @@ def attention(
     bias: Tensor | None = None,
     causal: str | None = None,
     window: tuple[int, int] | None = None,
+    window_center: Tensor | None = None,
     query_lengths: Tensor | None = None,
     key_lengths: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
@@ -195,6 +196,11 @@ def attention(
         Row q sees keys ``k <= q + off``; off is 0 for top_left and (key length - query length) for bottom_right.
     window : (int, int), optional
         (left, right): row q sees keys ``q + off - left <= k <= q + off + right``; -1 = unbounded.
+    window_center : Tensor, optional
+        Broadcastable to ``[..., H, T_q]``, any floating or integer dtype: `window` lies around these positions instead,
+        row q sees keys ``center_q - left <= k <= center_q + right``. A row whose centre is NaN sees nothing. The window
+        is piecewise constant in its centre, which gets no gradient (that of a `prior` does). Keys outside are neither
+        read nor computed, as far as rows that stand together have windows that lie together.
     query_lengths, key_lengths : Tensor, optional
         Integer, broadcastable to the batch dimensions ``[...]``: valid tokens of each sample, 0 <= length <= T.
     alibi_slopes : Tensor, optional
@@ -211,7 +217,8 @@ def attention(
     prior : Tensor or ("gaussian", center, sigma), optional
         Multiplies the normalised weights, which are not normalised again: broadcastable to ``[..., H, T_q, T_k]``; or
         :math:`\exp(-(k - center_q)^2 / (2\,sigma^2))` with a `center` broadcastable to ``[..., H, T_q]`` and a number
-        `sigma`. float32 or the query's dtype; differentiable. Plain torch operations in O(T_q T_k) memory.
+        `sigma`. float32 or the query's dtype; differentiable. The Gaussian after a softmax is part of the kernels; a
+        tensor, and any other normalizer, runs as plain torch operations in O(T_q T_k) memory.
     return_lse : bool
         Also return lse (natural logarithm, float32, or float64 for float64 input), differentiable. It is that of the
         scores, whatever the normalizer.
@@ -257,6 +264,7 @@ def attention(
         and bias is None
         and (causal is None or causal == "top_left" or causal == "bottom_right")
         and window is None
+        and window_center is None
         and query_lengths is None
         and key_lengths is None
         and alibi_slopes is None
@@ -288,6 +296,7 @@ def attention(
             bias=bias,
             causal=causal,
             window=window,
+            window_center=window_center,
             query_lengths=query_lengths,
             key_lengths=key_lengths,
             alibi_slopes=alibi_slopes,
@@ -317,6 +326,7 @@ def varlen_attention(
     bias: Tensor | None = None,
     causal: str | None = None,
     window: tuple[int, int] | None = None,
+    window_center: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     sink: Tensor | None = None,
     softcap: float = 0.0,
@@ -343,8 +353,10 @@ def varlen_attention(
         Integer ``[N + 1]``: first 0, never decreasing, last total_q (total_k). Sequences may be empty.
     max_seqlen_q, max_seqlen_k : int
         Upper bounds of the lengths, as other libraries ask for them; the kernels read the lengths themselves.
-    score, normalizer, causal, window, sink, softcap, scale, dropout_p, prior, return_lse, return_weights
+    score, normalizer, causal, window, sink, softcap, scale, dropout_p, return_lse, return_weights
         See :func:`attention`.
+    window_center, prior
+        See :func:`attention`; centres are broadcastable to ``[H, total_q]``, positions inside the row's own sequence.
     mask, bias : Tensor, optional
         Broadcastable to ``[H, total_q, total_k]``; only each sequence's own block is read.
     alibi_slopes : Tensor, optional
@@ -388,6 +400,7 @@ def varlen_attention(
             bias=bias,
             causal=causal,
             window=window,
+            window_center=window_center,
             alibi_slopes=alibi_slopes,
             sink=sink,
             softcap=softcap,

@@ -7,8 +7,9 @@ traces, transforms or intercepts goes through. Both run the same function.
 
 Conventions shared by both operators: ``query [B, H, T_q, D]``, ``key [B, H_kv, T_k, D]``,
 ``value [B, H_kv, T_k, D_v]``, ``mask``/``bias``/``bias2`` 4-D and broadcastable to ``[B, H, T_q, T_k]``, ``sink [H]``,
-``alibi_slopes`` 2-D and broadcastable to ``[B, H]`` (``[N, H]`` for packed input of N sequences). ``lse`` is the
-**base-2** log-sum-exp.
+``center [B, H, T_q]`` (of the Gaussian prior, accumulation dtype), ``alibi_slopes`` 2-D and broadcastable to ``[B, H]``
+(``[N, H]`` for packed input of N sequences), ``window_bounds`` 4-D and broadcastable to ``[B, H, T_q, 2]``. ``lse`` is
+the **base-2** log-sum-exp.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ __all__ = [
 ]
 
 LN2 = math.log(2.0)
-N_FWD_TENSORS = 6  # query, key, value, bias, bias2, sink
-N_BWD_TENSORS = 14  # grad_out ... sink, needs
+N_FWD_TENSORS = 7  # query, key, value, bias, bias2, sink, center
+N_BWD_TENSORS = 15  # grad_out ... center, needs
 
 
 # The dtype that a kernel accumulates in, and that lse has.
@@ -111,6 +112,7 @@ def dot_attention_fwd(
     bias: Tensor | None,
     bias2: Tensor | None,
     sink: Tensor | None,
+    center: Tensor | None,
     options: DotAttentionOptions,
     need_lse: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
@@ -123,8 +125,8 @@ def dot_attention_fwd(
         ``weights`` and ``weights_index`` as ``options.weights_mode`` asks.
     """
     (
-        mask, query_lengths, key_lengths, cu_q, cu_k, alibi, seed,
-        scale, softcap, dropout_p, causal, window_left, window_right, mode,
+        mask, query_lengths, key_lengths, cu_q, cu_k, alibi, seed, bounds,
+        scale, softcap, dropout_p, prior_sigma, causal, window_left, window_right, mode,
     ) = options  # fmt: skip
     # allocate_out and allocate_lse written out: two calls are a tenth of a small problem's time.
     batch, heads, rows, head_size = query.shape
@@ -140,9 +142,11 @@ def dot_attention_fwd(
         mask, bias, bias2 = expand(mask, shape), expand(bias, shape), expand(bias2, shape)
     if alibi is not None:
         alibi = alibi.expand(alibi_rows(query, options), heads)
+    if bounds is not None:
+        bounds = bounds.expand(batch, heads, rows, 2)
     _C.dot_attention_fwd(
         query, key, value, out, lse, weights, index, mode, mask, bias, bias2, query_lengths, key_lengths, cu_q, cu_k,
-        alibi, sink, seed, scale, softcap, dropout_p, causal, window_left, window_right,
+        alibi, sink, center, seed, bounds, scale, softcap, dropout_p, prior_sigma, causal, window_left, window_right,
     )  # fmt: skip
     return out, lse, weights, index
 
@@ -199,24 +203,25 @@ def dot_attention_bwd(
     bias: Tensor | None,
     bias2: Tensor | None,
     sink: Tensor | None,
+    center: Tensor | None,
     options: DotAttentionOptions,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Run the backward kernel.
 
     ``grad_lse`` belongs to the base-2 ``lse`` that the forward returned. ``needs`` says which of the gradients of
-    (query, key, value, bias, bias2, sink) are wanted; the others come back as None.
+    (query, key, value, bias, bias2, sink, center) are wanted; the others come back as None.
     """
     (
-        mask, query_lengths, key_lengths, cu_q, cu_k, alibi, seed,
-        scale, softcap, dropout_p, causal, window_left, window_right, mode,
+        mask, query_lengths, key_lengths, cu_q, cu_k, alibi, seed, bounds,
+        scale, softcap, dropout_p, prior_sigma, causal, window_left, window_right, mode,
     ) = options  # fmt: skip
-    need_query, need_key, need_value, need_bias, need_bias2, need_sink = needs
+    need_query, need_key, need_value, need_bias, need_bias2, need_sink, need_center = needs
     shift = None
     if grad_lse is not None or grad_weights is not None:
 
         def forward(query: Tensor, key: Tensor, value: Tensor, plain: DotAttentionOptions) -> Tensor:
-            return dot_attention_fwd(query, key, value, bias, bias2, sink, plain, True)[0]
+            return dot_attention_fwd(query, key, value, bias, bias2, sink, center, plain, True)[0]
 
         shift = delta_shift(grad_lse, grad_weights, query, key, lse, weights, index, options, forward)
     if grad_weights is None:
@@ -242,19 +247,22 @@ def dot_attention_bwd(
             full_grad2 = grad_bias2.expand(shape)
     if need_sink and sink is not None:
         grad_sink = torch.zeros_like(sink)
+    grad_center = _empty_like(center) if need_center and center is not None else None
     if alibi is not None:
         alibi = alibi.expand(alibi_rows(query, options), query.size(1))
+    if bounds is not None:
+        bounds = bounds.expand(*query.shape[:3], 2)
     _C.dot_attention_bwd(
         grad_out, query, key, value, out, lse, None, grad_weights, index, mode, shift,
-        grad_query, grad_key, grad_value, full_grad, full_grad2, grad_sink,
-        mask, full_bias, full_bias2, query_lengths, key_lengths, cu_q, cu_k, alibi, sink, seed,
-        scale, softcap, dropout_p, causal, window_left, window_right, _num_threads(),
+        grad_query, grad_key, grad_value, full_grad, full_grad2, grad_sink, grad_center,
+        mask, full_bias, full_bias2, query_lengths, key_lengths, cu_q, cu_k, alibi, sink, center, seed, bounds,
+        scale, softcap, dropout_p, prior_sigma, causal, window_left, window_right, _num_threads(),
     )  # fmt: skip
     if grad_bias is not None and bias is not None:
         grad_bias = grad_bias.to(bias.dtype)
     if grad_bias2 is not None and bias2 is not None:
         grad_bias2 = grad_bias2.to(bias2.dtype)
-    return grad_query, grad_key, grad_value, grad_bias, grad_bias2, grad_sink
+    return grad_query, grad_key, grad_value, grad_bias, grad_bias2, grad_sink, grad_center
 
 
 # The forward of a core with its modifiers: (query, key, value, options) -> out.
@@ -315,20 +323,20 @@ def _weighted_columns(
 
 MODIFIERS = (
     "Tensor? mask, Tensor? query_lengths, Tensor? key_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
-    "Tensor? alibi_slopes, Tensor? seed, float scale, float softcap, float dropout_p, int causal, SymInt window_left, "
-    "SymInt window_right, int weights_mode"
+    "Tensor? alibi_slopes, Tensor? seed, Tensor? window_bounds, float scale, float softcap, float dropout_p, "
+    "float prior_sigma, int causal, SymInt window_left, SymInt window_right, int weights_mode"
 )
 LIBRARY = torch.library.Library("attnfast", "DEF")
 LIBRARY.define(
     "dot_attention_fwd(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? bias2, Tensor? sink, "
-    f"{MODIFIERS}) -> (Tensor out, Tensor lse, Tensor weights, Tensor weights_index)",
+    f"Tensor? center, {MODIFIERS}) -> (Tensor out, Tensor lse, Tensor weights, Tensor weights_index)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 LIBRARY.define(
     "dot_attention_bwd(Tensor? grad_out, Tensor? grad_lse, Tensor? grad_weights, Tensor query, Tensor key, "
     "Tensor value, Tensor out, Tensor lse, Tensor weights, Tensor weights_index, Tensor? bias, Tensor? bias2, "
-    f"Tensor? sink, bool[6] needs, {MODIFIERS}) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, "
-    "Tensor grad_bias, Tensor grad_bias2, Tensor grad_sink)",
+    f"Tensor? sink, Tensor? center, bool[7] needs, {MODIFIERS}) -> (Tensor grad_query, Tensor grad_key, "
+    "Tensor grad_value, Tensor grad_bias, Tensor grad_bias2, Tensor grad_sink, Tensor grad_center)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -351,15 +359,16 @@ def contiguous(tensor: Tensor | None) -> Tensor | None:
 
 def op_options(args: Sequence[Any]) -> DotAttentionOptions:
     """The options of an operator call, vectors contiguous as the binary wants them (a batching rule slices them)."""
-    mask, query_lengths, key_lengths, cu_q, cu_k, alibi, seed, *scalars = args
+    mask, query_lengths, key_lengths, cu_q, cu_k, alibi, seed, bounds, *scalars = args
     vectors = [contiguous(x) for x in (query_lengths, key_lengths, cu_q, cu_k)]
-    return DotAttentionOptions._make((mask, *vectors, alibi, contiguous(seed), *scalars))
+    return DotAttentionOptions._make((mask, *vectors, alibi, contiguous(seed), contiguous(bounds), *scalars))
 
 
 def _fwd_op(*args):  # type: ignore[no-untyped-def]
-    query, key, value, bias, bias2, sink = args[:N_FWD_TENSORS]
+    query, key, value, bias, bias2, sink, center = args[:N_FWD_TENSORS]
     options = op_options(args[N_FWD_TENSORS:])
-    out, lse, weights, index = dot_attention_fwd(query, key, value, bias, bias2, contiguous(sink), options, True)
+    sink, center = contiguous(sink), contiguous(center)
+    out, lse, weights, index = dot_attention_fwd(query, key, value, bias, bias2, sink, center, options, True)
     return (out, lse, *fill_weights(query, weights, index))
 
 
@@ -372,10 +381,10 @@ def _fwd_fake(*args):  # type: ignore[no-untyped-def]
 
 def _bwd_op(*args):  # type: ignore[no-untyped-def]
     tensors, needs = list(args[: N_BWD_TENSORS - 1]), args[N_BWD_TENSORS - 1]
-    for at in (7, 9, 12):  # lse, weights_index, sink
+    for at in (7, 9, 12, 13):  # lse, weights_index, sink, center
         tensors[at] = contiguous(tensors[at])
     grads = dot_attention_bwd(*tensors, op_options(args[N_BWD_TENSORS:]), needs)
-    inputs = (*tensors[3:6], *tensors[10:13])
+    inputs = (*tensors[3:6], *tensors[10:14])
     return tuple(
         nothing(tensors[3], (tensors[3] if source is None else source).dtype) if grad is None else grad
         for grad, source in zip(grads, inputs, strict=True)
@@ -389,7 +398,7 @@ def _bwd_fake(*args):  # type: ignore[no-untyped-def]
         torch.empty_like(source) if need else nothing(query, source.dtype)
         for source, need in zip((query, key, value), needs[:3], strict=True)
     ]
-    for source, need in zip(tensors[10:13], needs[3:], strict=True):
+    for source, need in zip(tensors[10:14], needs[3:], strict=True):
         if source is None or not need:
             grads.append(nothing(query, query.dtype if source is None else source.dtype))
         else:

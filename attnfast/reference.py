@@ -25,6 +25,7 @@ from attnfast._reference_core import (
     attend,
     dot_scores,
     l2_scores,
+    near_center,
     real_dtype,
     unit_vectors,
 )
@@ -71,7 +72,7 @@ class SampledAttentionOutput(NamedTuple):
 
 def dot_attention(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, bias2: Tensor | None, sink: Tensor | None,
-    options: DotAttentionOptions, return_lse: bool, rows: tuple[int, int] | None = None,
+    options: DotAttentionOptions, return_lse: bool, rows: tuple[int, int] | None = None, center: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     r"""The dot core on 4-D tensors, with the signature and results of ``autograd.dot_attention``.
 
@@ -79,13 +80,14 @@ def dot_attention(
         s_{qk} &= \mathrm{cap}(\mathrm{scale} \sum_d query_{qd}\, key_{kd}) - slope\,|q + off - k|
                   + bias_{qk} + bias2_{qk} \\
         lse_q &= \log\Big(e^{sink} + \sum_{k \text{ visible}} e^{s_{qk}}\Big), \quad
-        w_{qk} = e^{s_{qk} - lse_q} [k \text{ visible}] \cdot keep_{qk} / (1 - p) \\
+        w_{qk} = e^{s_{qk} - lse_q} [k \text{ visible}] \cdot prior_{qk} \cdot keep_{qk} / (1 - p) \\
         out_q &= \sum_k w_{qk}\, value_k
 
     with ``cap(s) = softcap tanh(s / softcap)`` (identity for 0), ``off`` the alignment offset (``T_k - T_q`` of the
     sample for bottom_right, else 0) and k visible to q if every mask says so: ``k < key_length``,
     ``q < query_length``, same packed sequence, ``k <= q + off`` (causal), ``q + off - left <= k <= q + off + right``
-    (window), ``mask`` and both biases different from ``-inf``.
+    (window), ``begin <= k < end`` (window_bounds), ``mask`` and both biases different from ``-inf``. With
+    ``prior_sigma`` the prior is ``exp(-(k - center_q)^2 / (2 prior_sigma^2))``, else 1.
 
     Parameters
     ----------
@@ -101,19 +103,22 @@ def dot_attention(
     rows : tuple of int, optional
         (first, total): ``query`` (and what has a T_q axis: mask, biases) holds only some rows, beginning at row
         `first`, of a problem of `total` query rows. The results are those rows' (column sums: their share).
+    center : Tensor, optional
+        ``[B, H, T_q]``, the prior's.
 
     Returns
     -------
     tuple
         ``(out, lse or None, weights or None)``; half types are accumulated in float32 and rounded once.
     """
-    return attend(dot_scores, query, key, value, bias, bias2, sink, options, return_lse, rows)[:3]
+    prior = None if center is None else ("gaussian", center.unsqueeze(-1), options.prior_sigma)
+    return attend(dot_scores, query, key, value, bias, bias2, sink, options, return_lse, rows, prior=prior)[:3]
 
 
 def additive_core(
     query: Tensor, key: Tensor, value: Tensor, weight: Tensor, score_bias: Tensor | None, bias: Tensor | None,
     bias2: Tensor | None, sink: Tensor | None, options: DotAttentionOptions, return_lse: bool,
-    rows: tuple[int, int] | None = None,
+    rows: tuple[int, int] | None = None, center: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     r"""The additive core on 4-D tensors: :func:`dot_attention` with the score
 
@@ -127,7 +132,7 @@ def additive_core(
         ``[H, D]`` or ``[1, D]``.
     score_bias : Tensor or None
         ``[H, D]`` or ``[1, D]``.
-    bias, bias2, sink, options, return_lse, rows
+    bias, bias2, sink, options, return_lse, rows, center
         As for :func:`dot_attention`; ``options.scale`` multiplies the score.
 
     Returns
@@ -137,7 +142,8 @@ def additive_core(
     """
     real = real_dtype(query.dtype)
     score = additive_scores(weight.to(real), None if score_bias is None else score_bias.to(real))
-    return attend(score, query, key, value, bias, bias2, sink, options, return_lse, rows)[:3]
+    prior = None if center is None else ("gaussian", center.unsqueeze(-1), options.prior_sigma)
+    return attend(score, query, key, value, bias, bias2, sink, options, return_lse, rows, prior=prior)[:3]
 
 
 # --- public functions -----------------------------------------------------------------------------------------------
@@ -193,10 +199,10 @@ def _pack(
 def attention(
     query: Tensor, key: Tensor, value: Tensor, *, score: str = "scaled_dot", normalizer: str = "softmax",
     mask: Tensor | None = None, bias: Tensor | None = None, causal: str | None = None,
-    window: tuple[int, int] | None = None, query_lengths: Tensor | None = None, key_lengths: Tensor | None = None,
-    alibi_slopes: Tensor | None = None, sink: Tensor | None = None, softcap: float = 0.0, scale: float | None = None,
-    dropout_p: float = 0.0, prior: Any = None, return_lse: bool = False, return_weights: bool | str = False,
-    dropout_seed: Tensor | None = None,
+    window: tuple[int, int] | None = None, window_center: Tensor | None = None, query_lengths: Tensor | None = None,
+    key_lengths: Tensor | None = None, alibi_slopes: Tensor | None = None, sink: Tensor | None = None,
+    softcap: float = 0.0, scale: float | None = None, dropout_p: float = 0.0, prior: Any = None,
+    return_lse: bool = False, return_weights: bool | str = False, dropout_seed: Tensor | None = None,
 ) -> Tensor | AttentionOutput | SampledAttentionOutput:  # fmt: skip
     r"""Specification of :func:`attnfast.attention`: :func:`dot_attention` with the score
 
@@ -219,6 +225,8 @@ def attention(
     not normalised again: a tensor broadcastable to ``[..., H, T_q, T_k]``, or ``("gaussian", center [..., H, T_q],
     sigma)`` for :math:`\exp(-(k - center_q)^2 / (2\,sigma^2))` (Luong et al. 2015, eq. 10). Dropout comes after it.
 
+    With `window_center` ``[..., H, T_q]`` the window is ``center_q - left <= k <= center_q + right``.
+
     Shapes are those of :func:`attnfast.attention`; `dropout_seed` (int64 ``[2]``: seed, offset) fixes the dropout mask
     and the sample and is drawn from torch's generator when it is not given. Arguments are not validated.
     """
@@ -228,7 +236,7 @@ def attention(
     return _attention(
         l2_scores if score == "l2" else dot_scores, query, key, value, mask, bias, query_lengths, key_lengths,
         alibi_slopes, sink, dropout_seed, return_lse, return_weights, scale=_scale(score, scale, query.shape[-1]),
-        softcap=softcap, dropout_p=dropout_p, causal=causal, window=window, dtype=dtype,
+        softcap=softcap, dropout_p=dropout_p, causal=causal, window=window, window_center=window_center, dtype=dtype,
         normalizer=normalizer, prior=prior,
     )  # fmt: skip
 
@@ -237,8 +245,8 @@ def _attention(
     score: ScoreFunction, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None,
     query_lengths: Tensor | None, key_lengths: Tensor | None, alibi_slopes: Tensor | None, sink: Tensor | None,
     dropout_seed: Tensor | None, return_lse: bool, return_weights: bool | str, *, scale: float, softcap: float,
-    dropout_p: float, causal: str | None, window: tuple[int, int] | None, dtype: torch.dtype, normalizer: str,
-    prior: Any,
+    dropout_p: float, causal: str | None, window: tuple[int, int] | None, window_center: Tensor | None,
+    dtype: torch.dtype, normalizer: str, prior: Any,
 ) -> Tensor | AttentionOutput | SampledAttentionOutput:  # fmt: skip
     """From ``[..., H, T, X]`` to the 4-D core and back."""
     plain = query.dim() == 2
@@ -250,11 +258,11 @@ def _attention(
     lengths = [None if x is None else x.long().expand(batch).reshape(-1) for x in (query_lengths, key_lengths)]
     if dropout_seed is None and (dropout_p > 0 or normalizer == "hard_sample"):
         dropout_seed = draw_seed()
-    left, right = (-1, -1) if window is None else window
+    selected = _fold(mask, batch, False) if boolean else None
+    selected, (left, right) = _window_rule(selected, window, window_center, torch.arange(k.shape[2]), batch)
     options = DotAttentionOptions(
-        _fold(mask, batch, False) if boolean else None, lengths[0], lengths[1], None, None,
-        _fold_slopes(alibi_slopes, batch), dropout_seed, scale, softcap, dropout_p, CAUSAL_CODES[causal], left, right,
-        WEIGHTS_MODES[return_weights],
+        selected, lengths[0], lengths[1], None, None, _fold_slopes(alibi_slopes, batch), dropout_seed, None, scale,
+        softcap, dropout_p, 0.0, CAUSAL_CODES[causal], left, right, WEIGHTS_MODES[return_weights],
     )  # fmt: skip
     bias2 = None if boolean else _fold(mask, batch, False)
     results = attend(
@@ -267,6 +275,17 @@ def _attention(
     return _pack(shaped, dtype, options.weights_mode, return_lse)
 
 
+def _window_rule(
+    mask: Tensor | None, window: tuple[int, int] | None, center: Tensor | None, key: Tensor, batch: Sequence[int]
+) -> tuple[Tensor | None, tuple[int, int]]:
+    """A folded boolean mask and a window, the window moved into the mask if it lies around centres."""
+    if center is None:
+        return mask, (-1, -1) if window is None else window
+    assert window is not None
+    near = cast(Tensor, _fold(near_center(center, window, key), batch, False))
+    return (near if mask is None else near & mask), (-1, -1)
+
+
 def _insert_head(x: Tensor | None, rank: int) -> Tensor | None:
     """A head axis in front of the last ``rank - 1`` dimensions, where there is anything in front of them."""
     return x if x is None or x.dim() < rank else x.unsqueeze(-rank)
@@ -275,10 +294,10 @@ def _insert_head(x: Tensor | None, rank: int) -> Tensor | None:
 def additive_attention(
     query: Tensor, key: Tensor, value: Tensor, weight: Tensor, *, score_bias: Tensor | None = None,
     normalizer: str = "softmax", mask: Tensor | None = None, bias: Tensor | None = None, causal: str | None = None,
-    window: tuple[int, int] | None = None, query_lengths: Tensor | None = None, key_lengths: Tensor | None = None,
-    alibi_slopes: Tensor | None = None, sink: Tensor | None = None, softcap: float = 0.0, dropout_p: float = 0.0,
-    prior: Any = None, return_lse: bool = False, return_weights: bool | str = False,
-    dropout_seed: Tensor | None = None,
+    window: tuple[int, int] | None = None, window_center: Tensor | None = None, query_lengths: Tensor | None = None,
+    key_lengths: Tensor | None = None, alibi_slopes: Tensor | None = None, sink: Tensor | None = None,
+    softcap: float = 0.0, dropout_p: float = 0.0, prior: Any = None, return_lse: bool = False,
+    return_weights: bool | str = False, dropout_seed: Tensor | None = None,
 ) -> Tensor | AttentionOutput | SampledAttentionOutput:  # fmt: skip
     r"""Specification of :func:`attnfast.additive_attention`: :func:`attention` with the additive score
 
@@ -296,6 +315,7 @@ def additive_attention(
     if headless:
         query, key, value = query.unsqueeze(-3), key.unsqueeze(-3), value.unsqueeze(-3)
         mask, bias = _insert_head(mask, 3), _insert_head(bias, 3)
+        window_center = _insert_head(window_center, 2)
         if isinstance(prior, tuple):
             prior = (prior[0], _insert_head(prior[1], 2), prior[2])
         else:
@@ -305,7 +325,7 @@ def additive_attention(
     result = _attention(
         score, query, key, value, mask, bias, query_lengths, key_lengths, alibi_slopes, sink, dropout_seed, return_lse,
         return_weights, scale=1.0, softcap=softcap, dropout_p=dropout_p, causal=causal, window=window,
-        dtype=query.dtype, normalizer=normalizer, prior=prior,
+        window_center=window_center, dtype=query.dtype, normalizer=normalizer, prior=prior,
     )  # fmt: skip
     if not headless:
         return result
@@ -342,9 +362,9 @@ def varlen_attention(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
     max_seqlen_k: int, *, score: str = "scaled_dot", normalizer: str = "softmax", mask: Tensor | None = None,
     bias: Tensor | None = None, causal: str | None = None, window: tuple[int, int] | None = None,
-    alibi_slopes: Tensor | None = None, sink: Tensor | None = None, softcap: float = 0.0, scale: float | None = None,
-    dropout_p: float = 0.0, prior: Any = None, return_lse: bool = False, return_weights: bool | str = False,
-    dropout_seed: Tensor | None = None,
+    window_center: Tensor | None = None, alibi_slopes: Tensor | None = None, sink: Tensor | None = None,
+    softcap: float = 0.0, scale: float | None = None, dropout_p: float = 0.0, prior: Any = None,
+    return_lse: bool = False, return_weights: bool | str = False, dropout_seed: Tensor | None = None,
 ) -> Tensor | AttentionOutput | SampledAttentionOutput:  # fmt: skip
     """Specification of :func:`attnfast.varlen_attention`: sequences packed along the token axis attend within
     themselves. Formed as one block-diagonal problem over all tokens, ``O(total_q total_k)`` memory.
@@ -356,11 +376,13 @@ def varlen_attention(
     boolean = mask is not None and mask.dtype == torch.bool
     if dropout_seed is None and (dropout_p > 0 or normalizer == "hard_sample"):
         dropout_seed = draw_seed()
-    left, right = (-1, -1) if window is None else window
+    cu_q, cu_k, token = cu_seqlens_q.long(), cu_seqlens_k.long(), torch.arange(key.shape[0])
+    place = token - cu_k[torch.searchsorted(cu_k[1:].contiguous(), token, right=True)]
+    selected = _fold(mask, (), False) if boolean else None
+    selected, (left, right) = _window_rule(selected, window, window_center, place, ())
     options = DotAttentionOptions(
-        _fold(mask, (), False) if boolean else None, None, None, cu_seqlens_q.long(), cu_seqlens_k.long(),
-        _fold_slopes(alibi_slopes, (cu_seqlens_q.shape[0] - 1,)), dropout_seed,
-        _scale(score, scale, query.shape[-1]), softcap, dropout_p, CAUSAL_CODES[causal], left, right,
+        selected, None, None, cu_q, cu_k, _fold_slopes(alibi_slopes, (cu_seqlens_q.shape[0] - 1,)), dropout_seed, None,
+        _scale(score, scale, query.shape[-1]), softcap, dropout_p, 0.0, CAUSAL_CODES[causal], left, right,
         WEIGHTS_MODES[return_weights],
     )  # fmt: skip
     bias2 = None if boolean else _fold(mask, (), False)

@@ -97,11 +97,11 @@ class AttnfastBinary(Peer):
         query, key, value = (inputs[name].detach() for name in ("query", "key", "value"))
         out = torch.empty_like(inputs.grad_out)
         lse = torch.empty(query.shape[:-1], dtype=torch.float32)
-        modifications = (None,) * 10  # mask, biases, lengths, offsets, slopes, sink, seed
+        modifications = (None,) * 12  # mask, biases, lengths, offsets, slopes, sink, centre, seed, bounds
         scale, causal = 1 / math.sqrt(case.head_size), int(case.causal)
         forward = functools.partial(
             _C.dot_attention_fwd,
-            *(query, key, value, out, lse, None, None, 0, *modifications, scale, 0.0, 0.0, causal, -1, -1),
+            *(query, key, value, out, lse, None, None, 0, *modifications, scale, 0.0, 0.0, 0.0, causal, -1, -1),
         )
 
         def call() -> torch.Tensor:

@@ -13,6 +13,7 @@ import functools
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import pytest
@@ -70,6 +71,22 @@ def visible_pairs(
     return seen
 
 
+def near_centers(centers: Tensor, window: tuple[int, int], T_k: int) -> Tensor:
+    """Return [..., T_q, T_k] booleans, ``center - left <= k <= center + right`` in exact arithmetic, one by one."""
+    left, right = window
+
+    def near(c: float, k: int) -> bool:
+        if math.isnan(c):
+            return False
+        if math.isinf(c):
+            return left < 0 if c > 0 else right < 0
+        exact = Fraction(c)
+        return (left < 0 or k >= exact - left) and (right < 0 or k <= exact + right)
+
+    rows = [[near(c, k) for k in range(T_k)] for c in centers.flatten().tolist()]
+    return torch.tensor(rows, dtype=torch.bool).reshape(*centers.shape, T_k)
+
+
 def distances(B: int, T_q: int, T_k: int, shifts: Sequence[int]) -> Tensor:
     """|position of the query - position of the key|, [B, 1, T_q, T_k]."""
     rows = [[[[abs(i + shifts[b] - j) for j in range(T_k)] for i in range(T_q)]] for b in range(B)]
@@ -107,8 +124,13 @@ def oracle(
     scale: float | None = None,
     keep: Tensor | None = None,
     dropout_p: float = 0.0,
+    window_center: Tensor | None = None,
+    center: Tensor | None = None,
+    sigma: float = 1.0,
 ) -> Result:
-    """Attention on [B, H, T, D] in plain torch, unfused, in the inputs' dtype; `keep` is the dropout mask."""
+    """Attention on [B, H, T, D] in plain torch, unfused, in the inputs' dtype; `keep` is the dropout mask, `center`
+    [B, H, T_q] and `sigma` are those of a Gaussian prior.
+    """
     B, H, T_q, _ = query.shape
     T_k = key.shape[-2]
     repeats = H // key.shape[1] if key.shape[1] else 1
@@ -116,7 +138,11 @@ def oracle(
     s = raw_scores(query, key, score, scale)
     if softcap:
         s = softcap * torch.tanh(s / softcap)
-    seen = visible_pairs(B, T_q, T_k, causal, window, query_lengths, key_lengths).expand(B, H, T_q, T_k)
+    around = None if window_center is not None else window
+    seen = visible_pairs(B, T_q, T_k, causal, around, query_lengths, key_lengths).expand(B, H, T_q, T_k)
+    if window_center is not None:
+        assert window is not None
+        seen = seen & near_centers(window_center.expand(B, H, T_q), window, T_k)
     if alibi_slopes is not None:
         shifts = [0] * B
         if causal == "bottom_right":
@@ -147,6 +173,9 @@ def oracle(
     total = torch.where(empty, 1, total)
     p = e / total
     lse = torch.where(empty, -math.inf, top + torch.log(total)).squeeze(-1)
+    if center is not None:
+        place = torch.arange(T_k, dtype=s.dtype) - center.to(s.dtype).expand(B, H, T_q).unsqueeze(-1)
+        p = p * torch.exp(-place.square() / (2 * sigma**2))
     if dropout_p > 0:
         assert keep is not None
         p = torch.where(keep, p / (1 - dropout_p) if dropout_p < 1 else 0 * p, 0)

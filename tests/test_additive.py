@@ -557,12 +557,14 @@ def test_compile_needs_no_graph_break() -> None:
 
 def test_operators_pass_opcheck() -> None:
     q, k, v, w, b = small()
-    options = (None,) * 7 + (0.0, 0.0, 0, -1, -1, 1)
-    inputs = (q, k, v, w, b, None, None, None)
+    bounds = torch.tensor([[[[0, k.shape[2] - 1]]]])
+    options = (*(None,) * 7, bounds, 0.0, 0.0, 1.5, 0, -1, -1, 1)
+    center = torch.zeros(q.shape[:3], dtype=w.dtype, requires_grad=True)
+    inputs = (q, k, v, w, b, None, None, None, center)
     torch.library.opcheck(torch.ops.attnfast.additive_attention_fwd.default, (*inputs, *options))
     out, lse, weights, index = (x.detach() for x in torch.ops.attnfast.additive_attention_fwd(*inputs, *options))
     tensors = [x.detach().requires_grad_() for x in (torch.ones_like(out), lse, weights, q, k, v, w, b)]
-    rest = (out, lse, weights, index, None, None, None, (True,) * 5 + (False,) * 3)
+    rest = (out, lse, weights, index, None, None, None, center, (*(True,) * 5, *(False,) * 3, True))
     torch.library.opcheck(torch.ops.attnfast.additive_attention_bwd.default, (*tensors, *rest, *options))
 
 
@@ -648,8 +650,8 @@ def test_packed_sequences_by_the_operator(isa: str) -> None:
     q, k, v, w, b = tensors.values()
     cu_q, cu_k = torch.tensor([0, 0, 70, 150]), torch.tensor([0, 30, 100, 170])
     inputs = [x.clone().requires_grad_() for x in (q, k, v, w, b)]
-    options = (None, None, None, cu_q, cu_k, None, None, 0.0, 0.0, 1, -1, -1, 0)
-    out = torch.ops.attnfast.additive_attention_fwd(*inputs, None, None, None, *options)[0]
+    options = (None, None, None, cu_q, cu_k, None, None, None, 0.0, 0.0, 0.0, 1, -1, -1, 0)
+    out = torch.ops.attnfast.additive_attention_fwd(*inputs, None, None, None, None, *options)[0]
     probe = torch.randn_like(out)
     grads = torch.autograd.grad(out, inputs, probe)
     single = [x.clone().requires_grad_() for x in (q, k, v, w, b)]

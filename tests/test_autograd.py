@@ -421,7 +421,7 @@ def test_no_graph_without_a_need() -> None:
 def test_slopes_have_no_gradient() -> None:
     slopes = torch.ones(1, H, dtype=torch.float64, requires_grad=True)
     with pytest.raises(ValueError, match="alibi_slopes: has no gradient"):
-        torch.ops.attnfast.dot_attention_fwd(*make(), *DotAttentionOptions(alibi_slopes=slopes))
+        torch.ops.attnfast.dot_attention_fwd(*make(), None, *DotAttentionOptions(alibi_slopes=slopes))
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 3, 4), (2, 0, 3, 4), (2, 2, 0, 4), (2, 2, 3, 0)])

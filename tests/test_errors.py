@@ -489,14 +489,15 @@ def test_explain_names_the_route() -> None:
 
 FORWARD = [
     "query", "key", "value", "out", "lse", "weights", "weights_index", "weights_mode", "mask", "bias", "bias2",
-    "query_lengths", "key_lengths", "cu_seqlens_q", "cu_seqlens_k", "alibi_slopes", "sink", "seed", "scale",
-    "softcap", "dropout_p", "causal", "window_left", "window_right",
+    "query_lengths", "key_lengths", "cu_seqlens_q", "cu_seqlens_k", "alibi_slopes", "sink", "prior_center", "seed",
+    "window_bounds", "scale", "softcap", "dropout_p", "prior_sigma", "causal", "window_left", "window_right",
 ]  # fmt: skip
 BACKWARD = [
     "grad_out", "query", "key", "value", "out", "lse", "delta", "grad_weights", "weights_index", "weights_mode",
-    "delta_shift", "grad_query", "grad_key", "grad_value", "grad_bias", "grad_bias2", "grad_sink", "mask", "bias",
-    "bias2", "query_lengths", "key_lengths", "cu_seqlens_q", "cu_seqlens_k", "alibi_slopes", "sink", "seed",
-    "scale", "softcap", "dropout_p", "causal", "window_left", "window_right", "threads",
+    "delta_shift", "grad_query", "grad_key", "grad_value", "grad_bias", "grad_bias2", "grad_sink", "grad_center",
+    "mask", "bias", "bias2", "query_lengths", "key_lengths", "cu_seqlens_q", "cu_seqlens_k", "alibi_slopes", "sink",
+    "prior_center", "seed", "window_bounds", "scale", "softcap", "dropout_p", "prior_sigma", "causal", "window_left",
+    "window_right", "threads",
 ]  # fmt: skip
 
 
@@ -506,7 +507,7 @@ def arguments(names: list[str], packed: bool = False) -> dict[str, Any]:
     given: dict[str, Any] = dict.fromkeys(names)
     rows = (b, H, TQ)
     given.update(query=q(b, H, TQ, D), key=k(b, HKV, TK, D), value=v(b, HKV, TK, DV), out=q(b, H, TQ, DV))
-    given.update(lse=q(*rows), weights_mode=0, scale=1.0, softcap=0.0, dropout_p=0.0)
+    given.update(lse=q(*rows), weights_mode=0, scale=1.0, softcap=0.0, dropout_p=0.0, prior_sigma=0.0)
     given.update(causal=0, window_left=-1, window_right=-1)
     if packed:
         given.update(cu_seqlens_q=torch.tensor([0, 2, TQ]), cu_seqlens_k=torch.tensor([0, 6, TK]))
@@ -568,6 +569,25 @@ MISUSED: dict[str, tuple[dict[str, Any], Any, str]] = {
     "scale-none": ({"scale": None}, TypeError, "scale"),
     "softcap-negative": ({"softcap": -1.0}, ValueError, "softcap"),
     "softcap-nan": ({"softcap": NAN}, ValueError, "softcap"),
+    "bounds-dtype": ({"window_bounds": torch.zeros(B, H, TQ, 2)}, TypeError, "window_bounds"),
+    "bounds-shape": ({"window_bounds": torch.zeros(B, H, TQ, 3, dtype=INT)}, ValueError, "window_bounds"),
+    "bounds-not-expanded": ({"window_bounds": torch.zeros(1, 1, TQ, 2, dtype=INT)}, ValueError, "window_bounds"),
+    "bounds-strided": (
+        {"window_bounds": torch.zeros(B, H, 2, TQ, dtype=INT).transpose(2, 3)},
+        ValueError,
+        "window_bounds",
+    ),
+    "sigma-alone": ({"prior_sigma": 1.0}, ValueError, "prior_center"),
+    "sigma-negative": ({"prior_sigma": -1.0, "prior_center": q(B, H, TQ)}, ValueError, "prior_sigma"),
+    "sigma-nan": ({"prior_sigma": NAN, "prior_center": q(B, H, TQ)}, ValueError, "prior_sigma"),
+    "center-alone": ({"prior_center": q(B, H, TQ)}, ValueError, "prior_center"),
+    "center-shape": ({"prior_sigma": 1.0, "prior_center": q(B, H, TK)}, ValueError, "prior_center"),
+    "center-dtype": ({"prior_sigma": 1.0, "prior_center": q(B, H, TQ).double()}, TypeError, "prior_center"),
+    "center-strided": (
+        {"prior_sigma": 1.0, "prior_center": q(TQ, H, B).permute(2, 1, 0)},
+        ValueError,
+        "prior_center: expected a cont",
+    ),
     "dropout-range": ({"dropout_p": 1.5, "seed": torch.tensor([1, 2])}, ValueError, "dropout_p"),
     "causal-range": ({"causal": 3}, ValueError, "causal"),
     "causal-text": ({"causal": "top_left"}, TypeError, "causal"),
@@ -598,6 +618,17 @@ BACKWARD_MISUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "grad-bias-alone": ({"grad_bias": q(B, H, TQ, TK)}, ValueError, "grad_bias"),
     "grad-bias-dtype": ({"bias": q(B, H, TQ, TK), "grad_bias": q(B, H, TQ, TK).double()}, TypeError, "grad_bias"),
     "grad-sink-alone": ({"grad_sink": q(H)}, ValueError, "grad_sink"),
+    "grad-center-alone": ({"grad_center": q(B, H, TQ)}, ValueError, "grad_center"),
+    "grad-center-shape": (
+        {"prior_sigma": 1.0, "prior_center": q(B, H, TQ), "grad_center": q(B, H, TK)},
+        ValueError,
+        "grad_center",
+    ),
+    "neither-but-prior": (
+        {"out": None, "lse": None, "prior_sigma": 1.0, "prior_center": q(B, H, TQ)},
+        ValueError,
+        "lse: expected a tensor",
+    ),
     "lse-none": ({"lse": None}, ValueError, "lse: expected both out and lse or neither"),
     "neither-but-sink": ({"out": None, "lse": None, "sink": q(H)}, ValueError, "lse: expected a tensor"),
     "neither-but-softcap": ({"out": None, "lse": None, "softcap": 1.0}, ValueError, "lse: expected a tensor"),
@@ -670,7 +701,33 @@ def test_row_maximum_index_out_of_range_is_harmless() -> None:
         assert given["grad_key"].isfinite().all()
 
 
-@pytest.mark.parametrize("count", [0, 1, 23, 25])
+def test_bounds_of_any_value_are_harmless() -> None:
+    """Bounds are cut to the keys of their sequence: nothing is read outside, whatever they hold."""
+    largest = torch.iinfo(INT).max
+    for packed in (False, True):
+        b = 1 if packed else B
+        for begin, end in (
+            (-largest - 1, largest),
+            (largest, -largest - 1),
+            (TK + 5, TK + 9),
+            (-9, -5),
+            (3, 3),
+            (5, 2),
+        ):
+            bounds = torch.tensor([begin, end]).expand(b, H, TQ, 2)
+            given = {**arguments(FORWARD, packed), "window_bounds": bounds}
+            _C.dot_attention_fwd(*given.values())
+            seen = given["lse"] != -torch.inf
+            without = arguments(FORWARD, packed)
+            _C.dot_attention_fwd(*without.values())
+            assert torch.equal(given["lse"], without["lse"]) if end == largest else not seen.any()
+            back = {**arguments(BACKWARD, packed), "window_bounds": bounds, "lse": given["lse"], "out": given["out"]}
+            _C.dot_attention_bwd(*back.values())
+            assert back["grad_key"].isfinite().all()
+            assert end == largest or not back["grad_key"].any()
+
+
+@pytest.mark.parametrize("count", [0, 1, 26, 28])
 def test_wrong_number_of_arguments(count: int) -> None:
     values = (*arguments(FORWARD).values(), None)
     with pytest.raises(TypeError, match=re.compile("dot_attention_fwd|argument")):

@@ -588,4 +588,4 @@ def test_explain_names_the_way() -> None:
     assert "kernel: none; normalizer 'sparsemax' has no fused kernel" in text
     text = attnfast.explain(attnfast.attention, *tensors, normalizer="none", prior=torch.ones((), dtype=F64))
     assert "normalizer 'none' and a prior have no fused kernel" in text
-    assert "a prior has no" in attnfast.explain(attnfast.attention, *tensors, prior=torch.ones((), dtype=F64))
+    assert "a tensor as prior has no" in attnfast.explain(attnfast.attention, *tensors, prior=torch.ones((), dtype=F64))

@@ -114,14 +114,14 @@ def test_s12_outputs_beyond_2_31(isa: str, dtype: torch.dtype, T_q: int) -> None
     inputs = problem(1, 1, T_q, 20, 8, dtype=dtype)
     lse = torch.empty(1, 1, T_q, dtype=real(dtype))
     out, weights = far_rows(torch.zeros(1, 1, T_q, 8, dtype=dtype)), far_rows(torch.zeros(1, 1, T_q, 20, dtype=dtype))
-    modifiers = (None,) * 10
-    numbers = (0.3, 0.0, 0.0, 0, -1, -1)
+    modifiers = (None,) * 12
+    numbers = (0.3, 0.0, 0.0, 0.0, 0, -1, -1)
     _C.dot_attention_fwd(*inputs.values(), out, lse, weights, None, 1, *modifiers, *numbers)
     grads = {n: far_rows(torch.zeros_like(x)) for n, x in inputs.items()}
     grad_out = far_rows(torch.randn(1, 1, T_q, 8).to(dtype))
     _C.dot_attention_bwd(
         grad_out, *inputs.values(), out, lse, torch.empty_like(lse), None, None, 0, None, *grads.values(), None, None,
-        None, *modifiers, *numbers, 1,
+        None, None, *modifiers, *numbers, 1,
     )  # fmt: skip
     x = leaves(inputs, torch.float64)
     want = oracle(*x.values(), scale=0.3)

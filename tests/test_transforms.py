@@ -251,7 +251,7 @@ def test_dual_tensor_that_also_requires_grad() -> None:
 
 def test_operator_refuses_what_it_cannot_differentiate() -> None:
     q, k, v = operands(1, 1, 2, 2)
-    call = lambda q: torch.ops.attnfast.dot_attention_fwd(q, k, v, None, None, None, *DotAttentionOptions())[0]  # noqa: E731
+    call = lambda q: torch.ops.attnfast.dot_attention_fwd(q, k, v, None, None, None, None, *DotAttentionOptions())[0]  # noqa: E731
     with fwad.dual_level(), pytest.raises(NotImplementedError, match="no forward-mode derivative"):
         call(fwad.make_dual(q, q))
     with pytest.raises(NotImplementedError, match="cannot be differentiated by"):
@@ -308,6 +308,7 @@ OP_SAMPLES: dict[str, tuple[Options, dict[str, Any]]] = {
         Options(cu_seqlens_q=torch.tensor([0, 1, 3]), cu_seqlens_k=torch.tensor([0, 2, 5]), weights_mode=1),
         {"B": 1, "extras": True},
     ),
+    "local": (Options(window_bounds=torch.tensor([[[[0, 3], [1, 4], [5, 0]]]]), prior_sigma=1.5, weights_mode=2), {}),
     "token_major": (Options(), {"token_major": True}),
 }
 
@@ -324,7 +325,8 @@ def op_arguments(
 
     real = torch.float64 if dtype == torch.float64 else torch.float32
     more = (draw(1, 4, 1, 5), draw(B, 1, 3, 1), draw(4, kind=real)) if extras else (None, None, None)
-    return (draw(B, 4, 3, 4), draw(B, 2, 5, 4), draw(B, 2, 5, D_v), *more, *options)
+    center = draw(B, 4, 3, kind=real) if options.prior_sigma else None
+    return (draw(B, 4, 3, 4), draw(B, 2, 5, 4), draw(B, 2, 5, D_v), *more, center, *options)
 
 
 @pytest.mark.parametrize("name", OP_SAMPLES)
@@ -339,8 +341,8 @@ def test_opcheck_backward(name: str) -> None:
     args = op_arguments(options, **shape)
     results = [x.detach() for x in torch.ops.attnfast.dot_attention_fwd(*args)]
     grads = [torch.randn_like(x) if x.ndim > 1 else None for x in results[:3]]
-    needs = [x is not None for x in args[:6]]
-    everything = (*grads, *args[:3], *results, *args[3:6], needs, *args[6:])
+    needs = [x is not None for x in args[:7]]
+    everything = (*grads, *args[:3], *results, *args[3:7], needs, *args[7:])
     slow = ("test_aot_dispatch_dynamic",) if name == "packed" else ()  # it traces the double backward, for seconds
     utils = ("test_schema", "test_autograd_registration", "test_faketensor", *slow)
     torch.library.opcheck(torch.ops.attnfast.dot_attention_bwd.default, everything, test_utils=utils)

@@ -45,8 +45,9 @@ class LuongAttention(MemoryAttention):
     Notes
     -----
     All parameters are drawn from the uniform distribution over [-0.1, 0.1], as published (section 4.1; ``initRange`` of
-    the authors' nmt.hybrid). The formulas have no biases. `step` with ``local="m"`` computes the window only; `forward`
-    with ``local="p"`` computes a mask ``[B, T_q, T_k]``.
+    the authors' nmt.hybrid). The formulas have no biases. Both local kinds read and compute the windows only (where
+    queries side by side predict centres far apart, some of what lies between too), and hold nothing of size T_q x T_k
+    but the weights, if asked for.
 
     Examples
     --------
@@ -151,20 +152,18 @@ class LuongAttention(MemoryAttention):
         if self.local == "m":
             options["window"] = (self.window, self.window)
         elif self.local == "p":
-            center, inside = self._predicted(query, memory.values.shape[1], lengths)
-            mask = inside if mask is None else inside & mask
+            center = self._predicted(query, memory.values.shape[1], lengths)
+            options["window"], options["window_center"] = (self.window, self.window), center
             options["prior"] = ("gaussian", center, self.window / 2)
         if mask is not None:
             options["mask"] = mask
         return self._scored(query, memory, mode, 0, **options)
 
-    def _predicted(self, query: Tensor, tokens: int, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The centre ``[B, T_q]`` and who is within the window around it ``[B, T_q, T_k]``."""
+    def _predicted(self, query: Tensor, tokens: int, lengths: Tensor | None) -> Tensor:
+        """The centre of each row, ``[B, T_q]``."""
         hidden = torch.tanh(nn.functional.linear(query, self.position_weight))
         share = torch.sigmoid(hidden @ self.position_score)
-        center = share * (tokens if lengths is None else lengths.unsqueeze(1).to(share.dtype))
-        place = torch.arange(tokens, device=query.device)
-        return center, (place - center.detach().unsqueeze(-1)).abs() <= self.window
+        return share * (tokens if lengths is None else lengths.unsqueeze(1).to(share.dtype))
 
     def _scored(
         self, query: Tensor, memory: ProjectedMemory, mode: bool | str, first: int, **options: Any
@@ -253,10 +252,12 @@ def with_one_head(
     query: Tensor, keys: Tensor, values: Tensor, mode: bool | str, options: dict[str, Any]
 ) -> tuple[Tensor, Weights]:
     """``attnfast.attention`` with the plain dot product on ``[B, T, ...]``."""
-    mask, prior = options.get("mask"), options.get("prior")
+    mask, prior, center = options.get("mask"), options.get("prior"), options.get("window_center")
     if isinstance(mask, Tensor) and mask.dim() == 3:
         options["mask"] = mask.unsqueeze(1)
     if isinstance(prior, tuple):
         options["prior"] = (prior[0], prior[1].unsqueeze(1), prior[2])
+    if isinstance(center, Tensor):
+        options["window_center"] = center.unsqueeze(1)
     heads = (x.unsqueeze(1) for x in (query, keys, values))
     return drop_head(functional.attention(*heads, score="dot", return_weights=mode, **options))

@@ -29,7 +29,7 @@ void* set_vector_gradient(const TensorView& view, const TensorView& input, const
 }  // namespace
 
 py::object additive_attention_fwd(PyObject* const* items, Py_ssize_t given) {
-  ArgReader args("additive_attention_fwd", items, given, 25);
+  ArgReader args("additive_attention_fwd", items, given, 28);
   const TensorView query = args.tensor("query");
   const TensorView key = args.tensor("key");
   const TensorView value = args.tensor("value");
@@ -58,7 +58,7 @@ py::object additive_attention_fwd(PyObject* const* items, Py_ssize_t given) {
 }
 
 py::object additive_attention_bwd(PyObject* const* items, Py_ssize_t given) {
-  ArgReader args("additive_attention_bwd", items, given, 36);
+  ArgReader args("additive_attention_bwd", items, given, 40);
   const TensorView grad_out = args.tensor("grad_out");
   const TensorView query = args.tensor("query");
   const TensorView key = args.tensor("key");
@@ -78,6 +78,7 @@ py::object additive_attention_bwd(PyObject* const* items, Py_ssize_t given) {
   const TensorView grad_score_bias = args.optional_tensor("grad_score_bias");
   const TensorView grad_bias[2] = {args.optional_tensor("grad_bias"), args.optional_tensor("grad_bias2")};
   const TensorView grad_sink = args.optional_tensor("grad_sink");
+  const TensorView grad_center = args.optional_tensor("grad_center");
   AdditiveCall call;
   Modifiers modifiers;
   modifiers.read(args, call.params, nullptr);
@@ -106,7 +107,7 @@ py::object additive_attention_bwd(PyObject* const* items, Py_ssize_t given) {
   params.grad_weight = set_vector_gradient(grad_weight, weight, call);
   params.grad_score_bias = set_vector_gradient(grad_score_bias, score_bias, call);
   call.set_modifiers(modifiers);
-  call.set_modifier_gradients(modifiers, grad_bias, grad_sink);
+  call.set_modifier_gradients(modifiers, grad_bias, grad_sink, grad_center);
   call.set_threads(threads);
 
   {

@@ -14,7 +14,8 @@ namespace attnfast {
 
 // The arguments that forward and backward share, in the order in which both list them.
 struct Modifiers {
-  TensorView mask, bias[2], query_lengths, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sink, seed;
+  TensorView mask, bias[2], query_lengths, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sink, center, seed,
+      window_bounds;
 
   void read(ArgReader& args, AttentionParams& params, double* scale) {
     mask = args.optional_tensor("mask");
@@ -26,10 +27,13 @@ struct Modifiers {
     cu_seqlens_k = args.optional_tensor("cu_seqlens_k");
     alibi_slopes = args.optional_tensor("alibi_slopes");
     sink = args.optional_tensor("sink");
+    center = args.optional_tensor("prior_center");
     seed = args.optional_tensor("seed");
+    window_bounds = args.optional_tensor("window_bounds");
     if (scale != nullptr) *scale = args.number("scale");
     params.softcap = args.number("softcap");
     params.dropout_p = args.number("dropout_p");
+    params.prior_sigma = args.number("prior_sigma");
     params.causal = causal(args.integer("causal"));
     params.window_left = args.integer("window_left");
     params.window_right = args.integer("window_right");
@@ -108,6 +112,17 @@ struct CallOf {
     constexpr int64_t kMax = std::numeric_limits<int64_t>::max();
     check_range("window_left", params.window_left, -1, kMax);
     check_range("window_right", params.window_right, -1, kMax);
+    if (given.window_bounds) {
+      const TensorView& bounds = given.window_bounds;
+      check_dtype(bounds, DType::kInt64);
+      check_shape(bounds, {{"B", rows_batch}, {"H", params.heads}, {"T_q", params.query_tokens}, {"(begin, end)", 2}});
+      if (bounds.stride[3] != 1 && bounds.numel() > 0) {
+        reject(bounds.name, "a contiguous last dimension", "a stride of " + std::to_string(bounds.stride[3]));
+      }
+      params.window_bounds = static_cast<const int64_t*>(bounds.data);
+      for (int i = 0; i < 3; ++i) params.window_bounds_stride[i] = bounds.stride[i];
+    }
+    set_prior(given.center);
     set_dropout(given.seed);
   }
 
@@ -192,8 +207,9 @@ struct CallOf {
     }
   }
 
-  // What a backward writes for biases and sink; after set_modifiers.
-  void set_modifier_gradients(const Modifiers& given, const TensorView (&grad_bias)[2], const TensorView& grad_sink) {
+  // What a backward writes for biases, sink and prior; after set_modifiers.
+  void set_modifier_gradients(const Modifiers& given, const TensorView (&grad_bias)[2], const TensorView& grad_sink,
+                              const TensorView& grad_center) {
     for (int i = 0; i < 2; ++i) {
       if (!grad_bias[i]) continue;
       if (!given.bias[i]) reject(grad_bias[i].name, "None without its bias", "a tensor");
@@ -205,6 +221,11 @@ struct CallOf {
       if (!given.sink) reject("grad_sink", "None without sink", "a tensor");
       check_buffer(grad_sink, real, {{"H", params.heads}});
       params.grad_sink = grad_sink.data;
+    }
+    if (grad_center) {
+      if (!given.center) reject("grad_center", "None without prior_center", "a tensor");
+      check_rows_buffer(grad_center, real);
+      params.grad_center = grad_center.data;
     }
   }
 
@@ -282,6 +303,19 @@ struct CallOf {
              std::to_string(copy[i]) + " at index " + std::to_string(i));
     }
     return copy.data();
+  }
+
+  void set_prior(const TensorView& center) {
+    if (!(params.prior_sigma >= 0.0) || std::isinf(params.prior_sigma)) {
+      reject("prior_sigma", "a finite float >= 0 (0 = off)", std::to_string(params.prior_sigma));
+    }
+    if (static_cast<bool>(center) != (params.prior_sigma > 0.0)) {
+      reject("prior_center", center ? "None (prior_sigma = 0)" : "a tensor (prior_sigma > 0)",
+             center ? "a tensor" : "None");
+    }
+    if (!center) return;
+    check_rows_buffer(center, real);
+    params.prior_center = center.data;
   }
 
   void set_dropout(const TensorView& seed) {

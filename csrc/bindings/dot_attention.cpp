@@ -15,7 +15,7 @@ using Call = CallOf<DotAttentionParams>;
 }  // namespace
 
 py::object dot_attention_fwd(PyObject* const* items, Py_ssize_t given) {
-  ArgReader args("dot_attention_fwd", items, given, 24);
+  ArgReader args("dot_attention_fwd", items, given, 27);
   const TensorView query = args.tensor("query");
   const TensorView key = args.tensor("key");
   const TensorView value = args.tensor("value");
@@ -42,7 +42,7 @@ py::object dot_attention_fwd(PyObject* const* items, Py_ssize_t given) {
 }
 
 py::object dot_attention_bwd(PyObject* const* items, Py_ssize_t given) {
-  ArgReader args("dot_attention_bwd", items, given, 34);
+  ArgReader args("dot_attention_bwd", items, given, 38);
   const TensorView grad_out = args.tensor("grad_out");
   const TensorView query = args.tensor("query");
   const TensorView key = args.tensor("key");
@@ -59,6 +59,7 @@ py::object dot_attention_bwd(PyObject* const* items, Py_ssize_t given) {
   const TensorView grad_value = args.optional_tensor("grad_value");
   const TensorView grad_bias[2] = {args.optional_tensor("grad_bias"), args.optional_tensor("grad_bias2")};
   const TensorView grad_sink = args.optional_tensor("grad_sink");
+  const TensorView grad_center = args.optional_tensor("grad_center");
   Call call;
   Modifiers modifiers;
   modifiers.read(args, call.params, &call.params.scale);
@@ -87,7 +88,8 @@ py::object dot_attention_bwd(PyObject* const* items, Py_ssize_t given) {
     }
   } else {
     const bool only_operands = !modifiers.cu_seqlens_q && !modifiers.sink && !grad_weights && !delta_shift &&
-                               !grad_bias[0] && !grad_bias[1] && params.softcap == 0.0 && params.dropout_p == 0.0;
+                               !grad_bias[0] && !grad_bias[1] && params.softcap == 0.0 && params.dropout_p == 0.0 &&
+                               params.prior_sigma == 0.0;
     if (params.key_tokens > kWholeRowKeys || !only_operands) {
       reject("lse",
              "a tensor (only calls with at most " + std::to_string(kWholeRowKeys) +
@@ -103,7 +105,7 @@ py::object dot_attention_bwd(PyObject* const* items, Py_ssize_t given) {
   if (grad_weights) params.grad_weights = call.weights_view(grad_weights);
   call.set_gradients(grad_query, grad_key, grad_value);
   call.set_modifiers(modifiers);
-  call.set_modifier_gradients(modifiers, grad_bias, grad_sink);
+  call.set_modifier_gradients(modifiers, grad_bias, grad_sink, grad_center);
   call.set_threads(threads);
 
   const KernelTable& table = kernels();
@@ -117,7 +119,7 @@ py::object dot_attention_bwd(PyObject* const* items, Py_ssize_t given) {
 
 // None if the forward takes the decode kernel, else why not. Nothing is computed.
 py::object dot_attention_decode_obstacle(PyObject* const* items, Py_ssize_t given) {
-  ArgReader args("dot_attention_decode_obstacle", items, given, 19);
+  ArgReader args("dot_attention_decode_obstacle", items, given, 22);
   const TensorView query = args.tensor("query");
   const TensorView key = args.tensor("key");
   const TensorView value = args.tensor("value");

@@ -1,4 +1,5 @@
-// Which keys a query row may see by position: lengths, causal alignment and sliding window. Valid as C++ and CUDA.
+// Which keys a query row may see by position: lengths, causal alignment, sliding window, and a window of its own. Valid
+// as C++ and CUDA.
 // Masks given as tensors are read where scores are formed; both kinds compose by "and".
 #pragma once
 
@@ -87,6 +88,32 @@ ATTNFAST_HD int64_t first_query(const Band& band, int64_t k) {
 }
 ATTNFAST_HD int64_t end_query(const Band& band, int64_t k) {
   return band.left == kUnbounded ? kUnbounded : k - band.offset + band.left + 1;
+}
+
+// Keys [begin, end).
+struct KeyRange {
+  int64_t begin, end;
+};
+
+// The windows that the rows of one (sequence, head) bring themselves; null: none.
+struct RowBounds {
+  const int64_t* data;  // of row 0
+  int64_t stride;
+};
+ATTNFAST_HD RowBounds row_bounds_of(const AttentionParams& p, const Sequence& s, int64_t h) {
+  if (!p.window_bounds) return {nullptr, 0};
+  const int64_t* stride = p.window_bounds_stride;
+  return {p.window_bounds + s.tensor_batch * stride[0] + h * stride[1] + s.query_begin * stride[2], stride[2]};
+}
+// The keys that row q at `position` sees; {keys, 0} if none, whatever the bounds hold.
+ATTNFAST_HD KeyRange row_keys(const Band& band, const RowBounds& bounds, int64_t q, int64_t position) {
+  KeyRange range{first_key(band, position), end_key(band, position)};
+  if (bounds.data) {
+    int64_t begin = bounds.data[q * bounds.stride], end = bounds.data[q * bounds.stride + 1];
+    range.begin = begin > range.begin ? begin : range.begin;
+    range.end = end < range.end ? end : range.end;
+  }
+  return range.begin < range.end ? range : KeyRange{band.keys, 0};
 }
 
 ATTNFAST_HD int64_t offset4(const Tensor4& t, int64_t b, int64_t h, int64_t i, int64_t j) {

@@ -52,10 +52,17 @@ struct AttentionParams {
   double softcap = 0.0;        // 0 = off
   Causal causal = Causal::kNone;
   int64_t window_left = -1, window_right = -1;  // -1 = unbounded
+  // A window of each row's own, beside the one above: row q sees no key outside [begin, end) = window_bounds[b][h][q],
+  // two neighbours in memory; the strides are those of b, h and q. Any values: who reads them cuts them to the keys.
+  const int64_t* window_bounds = nullptr;
+  int64_t window_bounds_stride[3] = {0, 0, 0};
   double dropout_p = 0.0;
   uint64_t seed = 0, offset = 0;
+  // Gaussian prior: weights times exp(-(key - center)^2 / (2 sigma^2)) after the softmax, not normalised again.
+  double prior_sigma = 0.0;            // 0 = off
+  const void* prior_center = nullptr;  // Real, contiguous [B, H, T_q], a position inside the row's own sequence
 
-  // Attention weights on request (after dropout: output == weights @ value).
+  // Attention weights on request (after prior and dropout: output == weights @ value).
   WeightsMode weights_mode = WeightsMode::kNone;
   Tensor4 weights;                   // full [B, H, T_q, T_k]; column sum [B, H, 1, T_k]; row maximum [B, H, T_q, 1]
   int64_t* weights_index = nullptr;  // contiguous [B, H, T_q]: argument of the row maximum (-1: nothing visible)
@@ -66,9 +73,10 @@ struct AttentionParams {
   const void* delta_shift = nullptr;  // Real, contiguous [B, H, T_q], added to rowsum(grad_out * out)
   void* delta = nullptr;              // Real, contiguous [B, H, T_q], written
   Tensor4 grad_query, grad_key, grad_value;
-  Tensor4 grad_bias[2];       // Real, zero-filled, broadcast like bias: stride 0 dimensions are summed
-  void* grad_sink = nullptr;  // Real, contiguous [H]
-  int32_t threads = 1;        // torch.get_num_threads(): chooses the schedule, never the result
+  Tensor4 grad_bias[2];         // Real, zero-filled, broadcast like bias: stride 0 dimensions are summed
+  void* grad_sink = nullptr;    // Real, contiguous [H]
+  void* grad_center = nullptr;  // Real, contiguous [B, H, T_q]
+  int32_t threads = 1;          // torch.get_num_threads(): chooses the schedule, never the result
 
   // The processor has AVX512_BF16, and bfloat16 operands are to be multiplied with it (KernelTable::native_bf16).
   bool native_bf16 = false;

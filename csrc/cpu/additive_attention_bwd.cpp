@@ -25,8 +25,9 @@ constexpr int kMinSplitTiles = 2;
 template <class R>
 struct Backward : GradientParts<R> {
   int64_t blocks, tiles, panels;
-  bool scores;  // a gradient of query, key, weight or score_bias is wanted
-  int bias;     // bias pass: which one
+  bool scores;        // a gradient of query, key, weight or score_bias is wanted
+  R* partial_center;  // [splits][rows], for the gradient of the prior's centre; null: not wanted
+  int bias;           // bias pass: which one
 };
 
 // One panel of queries and what a tile of its gradient needs.
@@ -132,7 +133,8 @@ __attribute__((noinline)) void dots_by_dimension(Rows<R> values, Rows<R> grad_ou
 template <class R>
 __attribute__((noinline)) void gradient_tile(const Backward<R>& f, const HeadContext& c, const ScoreTile<R>& tile,
                                              const AdditiveWeights<R>& weights, AdditiveRows<R>& keys, Rows<R> values,
-                                             GradPanel<R>& panel, bool through_cap, const BackwardScratch<R>& s) {
+                                             GradPanel<R>& panel, bool through_cap, R* center,
+                                             const BackwardScratch<R>& s) {
   constexpr int N = kLanes<R>, W = kPanel<R>;
   const AdditiveAttentionParams& p = *f.p;
   constexpr int kFill = N > kQueryBlock ? N : kQueryBlock;
@@ -144,7 +146,8 @@ __attribute__((noinline)) void gradient_tile(const Backward<R>& f, const HeadCon
     dots_by_dimension<R>(values, panel.grad_out, f.value_pad, tile, S);
   else
     raw_scores<R>(values, p.value_size, panel.packed_grad, S, tile.nk, vectors, tile.bands_or_null());
-  finish_score_gradient<R>(c, tile, panel.minus_delta, through_cap ? s.slope : nullptr, s.rows, s.extra, s.keep, P, S);
+  finish_score_gradient<R>(c, tile, panel.minus_delta, through_cap ? s.slope : nullptr, s.rows, s.extra, s.keep, P, S,
+                           center);
   for (int k = 0; k < tile.nk; k++)
     for (int q = tile.nq; q < filled; q++) S[k * W + q] = R(0);
 }
@@ -223,16 +226,14 @@ __attribute__((noinline)) void score_gradients(const HeadContext& c, const Score
     R *gq = panel.dims + d * panel.queries.slots, *gk = grad_key + d * kKeySlots;
     Vec<R> gw{};
     for (int q = 0; q < tile.nq; q += kQueryBlock) {
-      int last = q + kQueryBlock < tile.nq ? q + kQueryBlock - 1 : tile.nq - 1, k0 = 0, k1 = tile.nk;
-      if (tile.limited) {
-        k0 = int(clamp_index(first_key(c.band, tile.q0 + q) - tile.k0, 0, tile.nk));
-        k1 = int(clamp_index(end_key(c.band, tile.q0 + last) - tile.k0, 0, tile.nk));
-      }
+      int last = q + kQueryBlock < tile.nq ? q + kQueryBlock - 1 : tile.nq - 1;
+      int64_t k0 = 0, k1 = tile.nk;
+      seen_keys<R>(c, tile, q, last - q + 1, k0, k1);
       if (k0 >= k1) continue;
       if (last == q)
-        gw += score_gradient<TIER, 1, R>(a + q * N, b, S + q, k0, k1, gk, gq + q * N);
+        gw += score_gradient<TIER, 1, R>(a + q * N, b, S + q, int(k0), int(k1), gk, gq + q * N);
       else
-        gw += score_gradient<TIER, kQueryBlock, R>(a + q * N, b, S + q, k0, k1, gk, gq + q * N);
+        gw += score_gradient<TIER, kQueryBlock, R>(a + q * N, b, S + q, int(k0), int(k1), gk, gq + q * N);
     }
     store(grad_weight + d, load(grad_weight + d) + gw);
   }
@@ -344,7 +345,8 @@ void gradient_task(const Backward<R>& f, int64_t task) {
             values = get_rows<R>(p.value, c.key_offset(p.value, k0), nk, p.value_size, true, s.values);
             loaded = true;
           }
-          gradient_tile<R>(f, c, tile, weights, keys, values, panels[i], true, s);
+          R* center = f.partial_center ? f.partial_center + split * f.rows_total + c.row(q0 + i * W) : nullptr;
+          gradient_tile<R>(f, c, tile, weights, keys, values, panels[i], true, center, s);
           for (int n = 0; n < 2; n++)
             if (add_bias[n]) add_bias_gradient<R>(c, p.grad_bias[n], tile, s.S, s.extra);
           int64_t k = k0 - keys0;
@@ -429,7 +431,7 @@ void bias_task(const Backward<R>& f, int64_t task) {
           if (!prepare_tile<R>(c, q0, nq, k0, nk, score_scratch, tile)) continue;
           load_additive_rows<R>(p.key, c.key_offset(p.key, k0), nk, p.head_size, nullptr, keys);
           Rows<R> values = get_rows<R>(p.value, c.key_offset(p.value, k0), nk, p.value_size, true, s.values);
-          gradient_tile<R>(f, c, tile, weights, keys, values, panel, false, s);
+          gradient_tile<R>(f, c, tile, weights, keys, values, panel, false, nullptr, s);
           add_bias_gradient<R>(c, grad, tile, s.S, s.extra);
         }
       }
@@ -477,6 +479,10 @@ void backward(const AdditiveAttentionParams& p) {
     f.splits = wanted < possible ? wanted : possible;
   }
   if (f.scores) place_parts<R>(f);
+  if (p.grad_center) {
+    f.partial_center = static_cast<R*>(scratch(4, size_t(f.splits * f.rows_total) * sizeof(R)));
+    for (int64_t i = 0; i < f.splits * f.rows_total; i++) f.partial_center[i] = R(0);
+  }
   bool serial = double(p.batch * p.heads) * double(longest.queries) * double(longest.keys) *
                     double(p.head_size + p.value_size / 4 + 2) <
                 kSerialTriples / 2;
@@ -485,10 +491,11 @@ void backward(const AdditiveAttentionParams& p) {
   if (p.grad_sink) run<R, sink_task<R>>(f, p.heads, serial);
   bool bias_here = false;
   for (int i = 0; i < 2; i++) bias_here |= owns_bias(f, i);
-  if (f.scores || p.grad_value.data || bias_here) {
+  if (f.scores || p.grad_value.data || p.grad_center || bias_here) {
     run<R, gradient_task<R>>(f, key_heads * f.splits, serial);
     if (f.splits > 1 && p.grad_query.data) run<R, merge_query_task<R>>(f, f.rows_total, serial);
   }
+  if (p.grad_center) center_gradient<R>(p, f.partial_center, f.splits, f.rows_total);
   if (p.grad_weight) merge_weights<R>(f, 0, p.weight_by_head, R(-1), static_cast<R*>(p.grad_weight));
   if (p.grad_score_bias) merge_weights<R>(f, 1, p.score_bias_by_head, R(1), static_cast<R*>(p.grad_score_bias));
   for (f.bias = 0; f.bias < 2; f.bias++)

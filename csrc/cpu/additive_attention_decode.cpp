@@ -110,7 +110,7 @@ void decode_task(const Decode<R>& f, int64_t task) {
   for (int64_t d = 0; d < f.value_pad; d += N) store(out + d, Vec<R>{});
   R maximum = -infinity<R>(), sum = 0;
 
-  int64_t begin = first_key(c.band, 0), end = c.s.queries > 0 ? end_key(c.band, 0) : 0;
+  auto [begin, end] = c.s.queries > 0 ? c.keys(0) : KeyRange{0, 0};
   begin = begin < split * f.share ? split * f.share : begin;
   end = end > (split + 1) * f.share ? (split + 1) * f.share : end;
   if (begin < end) load_query_and_weight<R>(c, query, weight);
@@ -275,8 +275,8 @@ void gradient_task(const DecodeGradient<R>& f, int64_t task) {
   }
   int64_t keys0 = split * f.share < p.key_tokens ? split * f.share : p.key_tokens;
   int64_t keys1 = keys0 + f.share < p.key_tokens ? keys0 + f.share : p.key_tokens;
-  int64_t begin = clamp_index(first_key(c.band, 0), keys0, keys1);
-  int64_t end = clamp_index(c.s.queries > 0 ? end_key(c.band, 0) : 0, begin, keys1);
+  KeyRange seen = c.s.queries > 0 ? c.keys(0) : KeyRange{0, 0};
+  int64_t begin = clamp_index(seen.begin, keys0, keys1), end = clamp_index(seen.end, begin, keys1);
 
   const int64_t key_stride = p.key.stride[2], value_stride = p.value.stride[2];
   const int64_t dk_stride = p.grad_key.stride[2], dv_stride = p.grad_value.stride[2];
@@ -420,6 +420,7 @@ const char* additive_attention_decode_obstacle(const AdditiveAttentionParams& p)
   if (p.query_tokens != 1) return "T_q is not 1";
   if (p.softcap > 0) return "softcap is on";
   if (p.dropout_p > 0) return "dropout is on";
+  if (p.prior_sigma > 0) return "a prior is on";
   if (p.head_size == 0) return "D is 0";
   if (p.key.stride[3] != 1) return "the last dimension of key is not contiguous";
   if (p.value.stride[3] != 1) return "the last dimension of value is not contiguous";

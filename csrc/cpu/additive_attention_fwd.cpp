@@ -67,7 +67,7 @@ void forward_task(const Forward<R>& f, int64_t task) {
     for (int q = 0; q < W; q++) state[i].minus_max[q] = state[i].sum[q] = R(0);
   }
   if (valid > 0) {
-    int64_t begin = first_key(c.band, q0), end = end_key(c.band, q0 + valid - 1);
+    auto [begin, end] = seen_by_rows(c, q0, valid);
     int64_t tiles = (c.s.keys + kKeyTile - 1) / kKeyTile, share = (tiles + f.splits - 1) / f.splits * kKeyTile;
     int64_t low = split * share, high = low + share;
     begin = begin > low ? begin / kKeyTile * kKeyTile : low;
@@ -98,8 +98,8 @@ void forward_task(const Forward<R>& f, int64_t task) {
         R* out = s.out + i * W * f.value_pad;
         additive_scores<R>(weights, queries[i], keys, f.depth_pad, tile, false, s.P);
         softmax_step<R>(c, tile, kLog2e, s.P, out, f.value_pad, state[i]);
-        if (p.dropout_p > 0) {
-          dropout_tile<R>(c, tile, s.keep);
+        if (has_factor(p)) {
+          factor_tile<R>(c, tile, s.keep);
           multiply_tile<R>(tile, s.P, s.keep);
         }
         accumulate_by_query<R>(c, tile, s.P, values, p.value_size, out, f.value_pad, !started[i], s.clean);

@@ -244,8 +244,9 @@ __attribute__((noinline)) void scores_by_query(const AdditiveWeights<R>& w, cons
       Vec<R> acc[M] = {};
       bool seen = true;
       if (bands) {
-        int last = k + M < tile.nk ? k + M - 1 : tile.nk - 1;
-        seen = q + N > bands->begin[k] && q < bands->end[last];
+        int begin, end;
+        bands->hull(k, k + M < tile.nk ? M : tile.nk - k, begin, end);
+        seen = q + N > begin && q < end;
       }
       if (seen) score_block<TIER, R>(w, queries + q * depth_pad, keys + k * N, depth_pad, acc);
       ATTNFAST_UNROLL for (int m = 0; m < M; m++) store(P + (k + m) * W + q, acc[m] * R(-2) * scale);

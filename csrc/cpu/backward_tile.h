@@ -27,29 +27,52 @@ void weight_gradient_tile(const HeadContext& c, const ScoreTile<R>& tile, R* row
   }
 }
 
-// S = dS and P = the applied probabilities, from P before dropout and S = dP of the products alone. `slope`: the
-// derivative of the soft cap, or null for dS after it. rows, extra, keep: room for a tile each.
+// S = dS and P = the applied probabilities, from P before prior and dropout and S = dP of the products alone. `slope`:
+// the derivative of the soft cap, or null for dS after it. `center`: null, or sums by row of what the prior's centre
+// gets (times sigma), to add to. rows, extra, keep: room for a tile each.
 template <class R>
 void finish_score_gradient(const HeadContext& c, const ScoreTile<R>& tile, const R* minus_delta, const R* slope,
-                           R* rows, R* extra, R* keep, R* P, R* S) {
+                           R* rows, R* extra, R* keep, R* P, R* S, R* center) {
   constexpr int N = kLanes<R>, W = kPanel<R>;
   const AttentionParams& p = *c.p;
   int vectors = (tile.nq + N - 1) / N;
-  bool at_weights = p.grad_weights.data, dropout = p.dropout_p > 0, capped = p.softcap > 0 && slope;
+  bool at_weights = p.grad_weights.data, factor = has_factor(p), capped = p.softcap > 0 && slope;
   if (at_weights) weight_gradient_tile<R>(c, tile, rows, extra);
-  if (dropout) dropout_tile<R>(c, tile, keep);
+  if (factor) factor_tile<R>(c, tile, keep);
+  alignas(64) R from[W], sum[W];
+  R rate = prior_rate<R>(p);
+  if (center) {
+    prior_centers<R>(c, tile, from);
+    for (int q = 0; q < W; q++) sum[q] = R(0);
+  }
   for (int k = 0; k < tile.nk; k++)
     for (int j = 0; j < vectors; j++) {
       int64_t i = k * W + N * j;
       Vec<R> x = load(S + i), w = load(P + i);
       if (at_weights) x += load(extra + i);
-      if (dropout) x *= load(keep + i);
+      if (factor) x *= load(keep + i);
+      if (center) {
+        Vec<R> t = w * x * prior_distance<R>(tile, k, load(from + N * j), rate);
+        store(sum + N * j, load(sum + N * j) + (w == R(0) ? Vec<R>{} : t));
+      }
       Vec<R> y = w * (x + load(minus_delta + N * j));
       if (capped) y *= load(slope + i);
       // Selected, not multiplied: x may be NaN where the weight is zero by a mask.
       store(S + i, w == R(0) ? Vec<R>{} : y);
-      if (dropout) store(P + i, w * load(keep + i));
+      if (factor) store(P + i, w * load(keep + i));
     }
+  for (int q = 0; center && q < tile.nq; q++) center[q] += sum[q];
+}
+
+// The gradient of the prior's centre: what the parts of the keys give to it, [parts][rows], added in order.
+template <class R>
+void center_gradient(const AttentionParams& p, const R* parts, int64_t count, int64_t rows) {
+  R rate = prior_rate<R>(p);
+  for (int64_t row = 0; row < rows; row++) {
+    R sum = 0;
+    for (int64_t i = 0; i < count; i++) sum += parts[i * rows + row];
+    static_cast<R*>(p.grad_center)[row] = sum * rate;
+  }
 }
 
 // delta[row] = rowsum(dO * O) + shift for a few rows.

@@ -32,6 +32,7 @@ struct Backward {
   int64_t parts, part_tiles, rows_total;
   bool keys, queries;    // which gradients are wanted
   R* part_query;         // [parts][rows_total][depth_pad], in the schedule by parts
+  R* part_center;        // [parts][rows_total], in every schedule; null: not wanted
   const int64_t* order;  // [batch], the sequences with most work first; null: as they come
   int bias;              // bias pass: which one
 };
@@ -128,7 +129,7 @@ GradPanel<R, T> load_panel(const Backward<R>& f, const HeadContext& c, int64_t q
 // score before the soft cap (for queries and keys), else after it (for a bias, which is added there).
 template <class R, class T>
 __attribute__((noinline)) void gradient_tile(const HeadContext& c, const ScoreTile<R>& tile, Rows<T> keys,
-                                             Rows<T> values, const GradPanel<R, T>& panel, bool through_cap,
+                                             Rows<T> values, const GradPanel<R, T>& panel, bool through_cap, R* center,
                                              const BackwardScratch<R>& s) {
   constexpr int N = kLanes<R>, W = kPanel<R>;
   const AttentionParams& p = *c.p;
@@ -151,7 +152,7 @@ __attribute__((noinline)) void gradient_tile(const HeadContext& c, const ScoreTi
     return;
   }
   probability_tile<R, T>(c, tile, keys, panel.query, P, s.slope);
-  bool direct = p.dropout_p > 0 || p.grad_weights.data || p.softcap > 0;
+  bool direct = has_factor(p) || p.grad_weights.data || p.softcap > 0;
   bool masked = tile.masked();
   if (!direct) {
     score_product<R, T>(values, steps_of<T>(p.value_size), panel.packed_grad, panel.minus_delta, S, tile.nk, vectors,
@@ -167,7 +168,8 @@ __attribute__((noinline)) void gradient_tile(const HeadContext& c, const ScoreTi
     return;
   }
   raw_scores<R, T>(values, steps_of<T>(p.value_size), panel.packed_grad, S, tile.nk, vectors, tile.bands_or_null());
-  finish_score_gradient<R>(c, tile, panel.minus_delta, through_cap ? s.slope : nullptr, s.rows, s.extra, s.keep, P, S);
+  finish_score_gradient<R>(c, tile, panel.minus_delta, through_cap ? s.slope : nullptr, s.rows, s.extra, s.keep, P, S,
+                           center);
 }
 
 // What one tile, whose P and dS are in scratch, gives to dV and dK (KEYS) and to dQ (QUERIES).
@@ -204,6 +206,7 @@ void add_part(R* total, const R* part, int64_t count, bool first) {
 template <class R>
 void store_grad_query(const Backward<R>& f, const HeadContext& c, int64_t q0, int64_t rows, const R* sum) {
   const Tensor4& t = f.p->grad_query;
+  if (!t.data) return;
   int64_t offset = c.query_offset(t, q0), size = f.p->head_size;
   if (sum) {
     store_rows<R>(t, offset, rows, size, sum, f.depth_pad, R(f.p->scale));
@@ -296,7 +299,10 @@ void gradient_range(const Backward<R>& f, int64_t b, int64_t h0, int64_t h1, int
               loaded = true;
             }
             const GradPanel<R, T>& panel = panels[i];
-            gradient_tile<R, T>(c, tile, keys, values, panel, true, s);
+            R* center = nullptr;
+            if (QUERIES && f.part_center)
+              center = f.part_center + k0 / kKeyTile / f.part_tiles * f.rows_total + c.row(q0 + i * W);
+            gradient_tile<R, T>(c, tile, keys, values, panel, true, center, s);
             for (int n = 0; n < 2; n++)
               if (add_bias[n]) add_bias_gradient<R>(c, p.grad_bias[n], tile, s.S, s.extra);
             int64_t k = k0 - keys0;
@@ -413,7 +419,7 @@ void bias_task(const Backward<R>& f, int64_t task) {
           if (!prepare_tile<R>(c, q0, nq, k0, nk, score_scratch, tile)) continue;
           Rows<T> keys = operand_rows<T>(p.key, c.key_offset(p.key, k0), nk, p.head_size, s.keys);
           Rows<T> values = operand_rows<T>(p.value, c.key_offset(p.value, k0), nk, p.value_size, s.values);
-          gradient_tile<R, T>(c, tile, keys, values, panel, false, s);
+          gradient_tile<R, T>(c, tile, keys, values, panel, false, nullptr, s);
           add_bias_gradient<R>(c, grad, tile, s.S, s.extra);
         }
       }
@@ -440,7 +446,7 @@ void backward(const DotAttentionParams& p) {
   f.tiles = (longest.keys + kKeyTile - 1) / kKeyTile;
   f.tile_groups = (f.tiles + kTilesPerTask - 1) / kTilesPerTask;
   f.keys = p.grad_key.data || p.grad_value.data;
-  f.queries = p.grad_query.data;
+  f.queries = p.grad_query.data || p.grad_center;
   int64_t heads = p.batch * p.heads, key_heads = p.batch * p.kv_heads;
   bool serial =
       double(heads) * double(longest.queries) * double(longest.keys) * double(p.head_size + p.value_size + 8) <
@@ -453,6 +459,11 @@ void backward(const DotAttentionParams& p) {
   int64_t query_bytes = f.rows_total * f.depth_pad * int64_t(sizeof(R));
   f.parts = part_count(f.tiles, query_bytes);
   f.part_tiles = f.tiles > 0 ? (f.tiles + f.parts - 1) / f.parts : 1;
+
+  if (p.grad_center) {
+    f.part_center = static_cast<R*>(scratch(4, size_t(f.parts * f.rows_total) * sizeof(R)));
+    for (int64_t i = 0; i < f.parts * f.rows_total; i++) f.part_center[i] = R(0);
+  }
 
   int64_t threads = serial || p.threads < 1 ? 1 : p.threads;
   Schedule schedule = f.keys && f.queries ? choose_schedule(p, threads, f.parts) : Schedule::kTwoPasses;
@@ -472,6 +483,7 @@ void backward(const DotAttentionParams& p) {
     if (f.keys) run<R, key_task<R, T>>(f, key_heads * f.tile_groups, serial);
     if (f.queries) run<R, query_task<R, T>>(f, heads * f.blocks, serial);
   }
+  if (p.grad_center) center_gradient<R>(p, f.part_center, f.parts, f.rows_total);
   for (f.bias = 0; f.bias < 2; f.bias++)
     if (BiasOwner owner = bias_owner(p, f.bias);
         p.grad_bias[f.bias].data &&

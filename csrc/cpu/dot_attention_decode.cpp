@@ -33,7 +33,7 @@ void decode_task(const Decode<R>& f, int64_t task) {
   for (int64_t d = 0; d < value_pad; d += N) store(out + d, Vec<R>{});
   R maximum = -infinity<R>(), sum = 0;
 
-  int64_t begin = first_key(c.band, 0), end = c.s.queries > 0 ? end_key(c.band, 0) : 0;
+  auto [begin, end] = c.s.queries > 0 ? c.keys(0) : KeyRange{0, 0};
   if (begin < split * f.share) begin = split * f.share;
   if (end > (split + 1) * f.share) end = (split + 1) * f.share;
   if (begin < end) {
@@ -157,6 +157,7 @@ const char* dot_attention_decode_obstacle(const DotAttentionParams& p) {
   if (p.heads != p.kv_heads) return "query heads share key heads, whose keys one tile reads once for all of them";
   if (p.softcap > 0) return "softcap is on";
   if (p.dropout_p > 0) return "dropout is on";
+  if (p.prior_sigma > 0) return "a prior is on";
   if (p.head_size == 0) return "D is 0";
   if (p.key.stride[3] != 1) return "the last dimension of key is not contiguous";
   if (p.value.stride[3] != 1) return "the last dimension of value is not contiguous";

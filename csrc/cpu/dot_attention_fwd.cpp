@@ -126,7 +126,7 @@ void forward_task(const Forward<R>& f, int64_t task) {
   bool started[kPanelsPerBlock] = {};
   int exact_left[kPanelsPerBlock] = {};
   if (valid > 0) {
-    int64_t begin = first_key(c.band, c.position(q0)), end = end_key(c.band, c.position(q0 + valid - 1));
+    auto [begin, end] = seen_by_rows(c, q0, valid);
     int64_t tiles = (c.s.keys + kKeyTile - 1) / kKeyTile, share = (tiles + f.splits - 1) / f.splits * kKeyTile;
     int64_t low = split * share, high = low + share;
     begin = begin > low ? begin / kKeyTile * kKeyTile : low;
@@ -175,8 +175,8 @@ void forward_task(const Forward<R>& f, int64_t task) {
           if (lazy) exact_left[i] = kExactTiles;
           exact_step<R, T>(c, tile, keys, queries, s.probabilities, out, f.value_pad, state[i]);
         }
-        if (p.dropout_p > 0) {
-          dropout_tile<R>(c, tile, s.keep);
+        if (has_factor(p)) {
+          factor_tile<R>(c, tile, s.keep);
           multiply_tile<R>(tile, s.probabilities, s.keep);
         }
         if constexpr (kPairs) {
@@ -206,6 +206,8 @@ void group_heads(DotAttentionParams& p) {
     t->stride[2] = t->stride[1];
     t->stride[1] *= group;
   }
+  p.window_bounds_stride[2] = p.window_bounds_stride[1];
+  p.window_bounds_stride[1] *= group;
   p.heads = p.kv_heads;
   p.query_tokens = group;
 }

@@ -103,9 +103,19 @@ ATTNFAST_INLINE void for_strips(int begin, int end, F f) {
   if (end - j >= 1) f(Int<1>(), j);
 }
 
-// Which lanes (queries of a panel) see each key of a tile, by position. Both ends never decrease with the key.
+// Which lanes (queries of a panel) see each key of a tile, by position: those outside [begin, end) do not.
 struct LaneBands {
   int32_t begin[kKeyTile], end[kKeyTile];
+
+  // The smallest range that holds the lanes of `count` keys from `key`; begin >= end if there are none.
+  ATTNFAST_LAMBDA inline void hull(int key, int count, int& first, int& last) const {
+    first = begin[key];
+    last = end[key];
+    for (int i = key + 1; i < key + count; i++) {
+      first = begin[i] < first ? begin[i] : first;
+      last = end[i] > last ? end[i] : last;
+    }
+  }
 };
 
 // out(Int<M>, x, r, j): the M finished vectors of keys r.. in vector column j,
@@ -124,9 +134,9 @@ ATTNFAST_INLINE void score_product(Rows<T> A, int64_t depth, const Packed<T>* bt
       constexpr int M = decltype(m)::value;
       int j0 = 0, j1 = vectors;
       if (bands) {
-        j0 = bands->begin[r] / N0;
-        int end = (bands->end[r + M - 1] + N0 - 1) / N0;
-        j1 = end < vectors ? end : vectors;
+        bands->hull(r, M, j0, j1);
+        j0 /= N0;
+        j1 = (j1 + N0 - 1) / N0 < vectors ? (j1 + N0 - 1) / N0 : vectors;
       }
       const T* a = A.data + r * A.stride + d0 * kStep<T>;
       ATTNFAST_UNROLL for (int i = 0; i < M; i++) {  // the next row block, while this one computes

@@ -14,7 +14,7 @@
 namespace attnfast {
 namespace {
 
-constexpr int kSlots = 4;
+constexpr int kSlots = 5;
 constexpr size_t kAlignment = 64;
 constexpr size_t kKeepBytes = size_t{16} << 20;
 // torch cuts the range into one piece per thread; this only has to exceed any sensible number of threads.

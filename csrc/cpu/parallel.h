@@ -14,7 +14,7 @@ void parallel_tasks(int64_t tasks, bool serial, void (*task)(void* ctx, int64_t 
 
 // Uninitialised memory of the calling thread, aligned to 64 bytes; one buffer per slot, kept until the thread ends
 // or the next request for the same slot. A buffer beyond 16 MiB is returned at the next smaller request.
-// Slots are 0 to 3. Throws std::bad_alloc.
+// Slots are 0 to 4. Throws std::bad_alloc.
 void* scratch(int slot, size_t bytes);
 
 // The pool: calls callback(first, last, ctx) on disjoint ranges covering [begin, end), on several threads, and returns

@@ -1,5 +1,6 @@
 // Everything that changes a score between q.k and the softmax, for one tile of 64 keys by one panel of queries:
-// position bands, boolean masks, biases, ALiBi; dropout; and the products that must not let a masked NaN through.
+// position bands and bounds, boolean masks, biases, ALiBi; what multiplies a finished weight, prior and dropout; and
+// the products that must not let a masked NaN through.
 #pragma once
 
 #include "../core/masks.h"
@@ -16,6 +17,7 @@ struct HeadContext {
   const AttentionParams* p;
   Sequence s;
   Band band;
+  RowBounds bounds;
   int64_t h, kv_h;
   // Rows of a panel are the heads that share a key head (T_q = 1, grouped queries), all at position 0.
   int64_t group;  // 1 normally
@@ -26,6 +28,7 @@ struct HeadContext {
   }
   int64_t key_offset(const Tensor4& t, int64_t k) const { return offset4(t, s.tensor_batch, kv_h, s.key_begin + k, 0); }
   int64_t row(int64_t q) const { return row_index(*p, s, h, q); }
+  KeyRange keys(int64_t q) const { return row_keys(band, bounds, q, position(q)); }
 };
 static inline HeadContext head_context(const AttentionParams& p, int64_t b, int64_t h, int64_t group = 1) {
   Sequence s = sequence_of(p, b);
@@ -33,23 +36,34 @@ static inline HeadContext head_context(const AttentionParams& p, int64_t b, int6
     s.queries = p.query_lengths ? p.query_lengths[b] : 1;
     s.offset = p.causal == Causal::kBottomRight ? s.keys - s.queries : 0;
   }
-  return {&p, s, band_of(p, s), h, group > 1 ? h : h / (p.heads / p.kv_heads), group};
+  return {&p, s, band_of(p, s), row_bounds_of(p, s, h), h, group > 1 ? h : h / (p.heads / p.kv_heads), group};
 }
 
-// Keys [begin, end) that some row of a block sees, begin on a tile.
-struct KeyRange {
-  int64_t begin, end;
-};
+// The smallest range that holds all keys which some row of a block sees; begin >= end if there are none.
+static inline KeyRange seen_by_rows(const HeadContext& c, int64_t q0, int64_t rows) {
+  if (!c.bounds.data) return {first_key(c.band, c.position(q0)), end_key(c.band, c.position(q0 + rows - 1))};
+  KeyRange all{c.band.keys, 0};
+  for (int64_t q = q0; q < q0 + rows; q++) {
+    KeyRange own = c.keys(q);
+    all.begin = own.begin < all.begin ? own.begin : all.begin;
+    all.end = own.end > all.end ? own.end : all.end;
+  }
+  return all;
+}
+// The same, begin on a tile.
 static inline KeyRange visible_keys(const HeadContext& c, int64_t q0, int64_t rows) {
-  return {first_key(c.band, q0) / kKeyTile * kKeyTile, end_key(c.band, q0 + rows - 1)};
+  KeyRange seen = seen_by_rows(c, q0, rows);
+  return {seen.begin / kKeyTile * kKeyTile, seen.end};
 }
 
 template <class R>
 struct ScoreTile {
   LaneBands bands;
-  bool limited;          // some key is invisible to some row by position
-  const R* add;          // [keys][panel] base-2 addend, anything where `bits` hides the key; null if there is none
-  const uint64_t* bits;  // [keys] the queries that see the key, by position and by every tensor; null if all do
+  bool limited;              // some key is invisible to some row by position
+  const int32_t* row_begin;  // [panel] the keys that each row sees by position, counted from k0, if rows bring windows
+  const int32_t* row_end;    // of their own; else null
+  const R* add;              // [keys][panel] base-2 addend, anything where `bits` hides the key; null if there is none
+  const uint64_t* bits;      // [keys] the queries that see the key, by position and by every tensor; null if all do
   int64_t q0, k0;
   int nq, nk;
 
@@ -78,6 +92,7 @@ template <class R>
 struct ScoreScratch {
   R *add, *rows, *tile;
   uint64_t bits[kKeyTile];
+  int32_t row_begin[kKeyTile], row_end[kKeyTile];
   static int64_t size() { return 3 * int64_t(kKeyTile) * kPanel<R>; }
   explicit ScoreScratch(R* base) : add(base), rows(base + kKeyTile * kPanel<R>), tile(rows + kKeyTile * kPanel<R>) {}
 };
@@ -168,6 +183,41 @@ static inline bool any_bit(const uint64_t* bits, int count) {
 }
 static inline uint64_t low_bits(int64_t count) { return count >= 64 ? ~uint64_t(0) : (uint64_t(1) << count) - 1; }
 
+// Rows with windows of their own: the part of each that lies in the tile, `bits`, and bands around them. False if there
+// is none.
+template <class R>
+static bool place_rows(const HeadContext& c, ScoreScratch<R>& scratch, ScoreTile<R>& tile) {
+  constexpr int W = kPanel<R>;
+  bool seen = false, limited = false;
+  uint64_t* bits = scratch.bits;
+  for (int q = 0; q < kKeyTile; q++) {
+    bits[q] = 0;
+    scratch.row_begin[q] = tile.nk;
+    scratch.row_end[q] = 0;
+    if (q >= tile.nq) continue;
+    KeyRange keys = c.keys(tile.q0 + q);
+    int begin = int(clamp_index(keys.begin - tile.k0, 0, tile.nk)),
+        end = int(clamp_index(keys.end - tile.k0, 0, tile.nk));
+    limited |= begin > 0 || end < tile.nk;
+    if (begin >= end) continue;
+    seen = true;
+    bits[q] = low_bits(end) & ~low_bits(begin);
+    scratch.row_begin[q] = begin;
+    scratch.row_end[q] = end;
+  }
+  if (!seen) return false;
+  tile.limited = limited;
+  tile.row_begin = scratch.row_begin;
+  tile.row_end = scratch.row_end;
+  if (!limited) return true;
+  transpose_bits(bits);
+  for (int k = 0; k < tile.nk; k++) {
+    tile.bands.begin[k] = bits[k] ? __builtin_ctzll(bits[k]) : W;
+    tile.bands.end[k] = bits[k] ? 64 - __builtin_clzll(bits[k]) : 0;
+  }
+  return true;
+}
+
 // Fills `tile` for the panel at q0 and the keys at k0; false if nothing in it is visible (skip it).
 template <class R>
 static bool prepare_tile(const HeadContext& c, int64_t q0, int nq, int64_t k0, int nk, ScoreScratch<R>& scratch,
@@ -178,10 +228,15 @@ static bool prepare_tile(const HeadContext& c, int64_t q0, int nq, int64_t k0, i
   tile.k0 = k0;
   tile.nq = nq;
   tile.nk = nk;
+  tile.row_begin = tile.row_end = nullptr;
   int64_t first = c.position(q0), last = c.position(q0 + nq - 1);
   if (first_key(c.band, first) >= k0 + nk || end_key(c.band, last) <= k0) return false;
-  tile.limited = first_key(c.band, last) > k0 || end_key(c.band, first) < k0 + nk;
-  if (tile.limited)
+  if (c.bounds.data) {
+    if (!place_rows<R>(c, scratch, tile)) return false;
+  } else {
+    tile.limited = first_key(c.band, last) > k0 || end_key(c.band, first) < k0 + nk;
+  }
+  if (tile.limited && !c.bounds.data)
     for (int k = 0; k < nk; k++) {
       if (c.group > 1) {  // every row stands at position 0
         bool seen = k0 + k >= first_key(c.band, 0) && k0 + k < end_key(c.band, 0);
@@ -197,13 +252,18 @@ static bool prepare_tile(const HeadContext& c, int64_t q0, int nq, int64_t k0, i
   uint64_t all = low_bits(nq);
   bool hides = tile.limited;
   if (p.mask.data) {
+    uint64_t own[kKeyTile];
+    if (tile.row_begin)
+      for (int k = 0; k < nk; k++) own[k] = tile.limited ? bits[k] : all;
     int64_t offset = offset4(p.mask, c.s.tensor_batch, c.h, c.s.query_begin + q0, c.s.key_begin + k0);
     load_mask_bits(p.mask, offset, nq, nk, bits);
+    if (tile.row_begin)
+      for (int k = 0; k < nk; k++) bits[k] &= own[k];
     for (int k = 0; k < nk && !hides; k++) hides = bits[k] != all;
-  } else if (tile.limited) {
+  } else if (tile.limited && !tile.row_begin) {
     for (int k = 0; k < nk; k++) bits[k] = all;
   }
-  if (tile.limited)
+  if (tile.limited && !tile.row_begin)
     for (int k = 0; k < nk; k++) bits[k] &= low_bits(tile.bands.end[k]) & ~low_bits(tile.bands.begin[k]);
   if (hides && !any_bit(bits, nk)) return false;
 
@@ -282,6 +342,50 @@ static void dropout_tile(const HeadContext& c, const ScoreTile<R>& tile, R* keep
   }
 }
 
+// ---------------------------------------------------------------- what multiplies a weight after the softmax
+static inline bool has_factor(const AttentionParams& p) { return p.dropout_p > 0 || p.prior_sigma > 0; }
+// 1 / sigma, finite: a distance of 0 must stay 0.
+template <class R>
+static R prior_rate(const AttentionParams& p) {
+  constexpr double kLargest = std::is_same_v<R, double> ? __DBL_MAX__ : double(__FLT_MAX__);
+  return p.prior_sigma * kLargest > 1.0 ? R(1.0 / p.prior_sigma) : R(kLargest);
+}
+// The centres of a panel's rows, counted from the tile's first key.
+template <class R>
+static void prior_centers(const HeadContext& c, const ScoreTile<R>& tile, R* center) {
+  const R* source = static_cast<const R*>(c.p->prior_center) + c.row(tile.q0);
+  for (int q = 0; q < kPanel<R>; q++) center[q] = q < tile.nq ? source[q] : R(0);
+}
+// (key - center) / sigma; the position is exact, so that the difference is rounded once.
+template <class R>
+ATTNFAST_INLINE Vec<R> prior_distance(const ScoreTile<R>& tile, int k, Vec<R> center, R rate) {
+  return (R(tile.k0 + k) - center) * rate;
+}
+
+// factor[key][query] = prior * keep. A hidden weight has factor 0 whatever its centre; a dropped one too.
+template <class R>
+static void factor_tile(const HeadContext& c, const ScoreTile<R>& tile, R* factor) {
+  constexpr int N = kLanes<R>, W = kPanel<R>;
+  const AttentionParams& p = *c.p;
+  bool dropout = p.dropout_p > 0;
+  if (dropout) dropout_tile<R>(c, tile, factor);
+  if (!(p.prior_sigma > 0)) return;
+  const R* table = exp2_table<R>();
+  R rate = prior_rate<R>(p), half = R(-0.5 * kLog2e);
+  alignas(64) R center[W];
+  prior_centers<R>(c, tile, center);
+  for (int k = 0; k < tile.nk; k++)
+    for (int q = 0; q < tile.nq; q += N) {
+      Vec<R> d = prior_distance<R>(tile, k, load(center + q), rate), x = exp2v<R>(d * d * half, table);
+      if (dropout) {
+        Vec<R> keep = load(factor + k * W + q);
+        x = keep == R(0) ? Vec<R>{} : x * keep;
+      }
+      if (tile.bits) x = select_bits<R>(tile.bits[k] >> q, x, Vec<R>{});
+      store(factor + k * W + q, x);
+    }
+}
+
 // ---------------------------------------------------------------- second products
 // Products that contract over the keys of a tile (P V, dS K) or over its queries (P^T dO, dS^T Q). A masked entry has
 // weight exactly 0, and 0 * NaN would leak a masked NaN: if the tile has masked entries and the operand has non-finite
@@ -307,14 +411,25 @@ __attribute__((noinline)) void zero_nonfinite(Rows<R> rows, int count, int64_t c
 template <class R>
 ATTNFAST_INLINE void seen_keys(const HeadContext& c, const ScoreTile<R>& tile, int r, int m, int64_t& k0, int64_t& k1) {
   if (!tile.limited) return;
+  if (tile.row_begin) {
+    k0 = tile.row_begin[r];
+    k1 = tile.row_end[r];
+    for (int i = r + 1; i < r + m; i++) {
+      k0 = tile.row_begin[i] < k0 ? tile.row_begin[i] : k0;
+      k1 = tile.row_end[i] > k1 ? tile.row_end[i] : k1;
+    }
+    return;
+  }
   k0 = clamp_index(first_key(c.band, c.position(tile.q0 + r)) - tile.k0, 0, tile.nk);
   k1 = clamp_index(end_key(c.band, c.position(tile.q0 + r + m - 1)) - tile.k0, 0, tile.nk);
 }
 template <class R>
 ATTNFAST_INLINE void seeing_queries(const ScoreTile<R>& tile, int r, int m, int64_t& q0, int64_t& q1) {
   if (!tile.limited) return;
-  q0 = tile.bands.begin[r];
-  q1 = tile.bands.end[r + m - 1] < tile.nq ? tile.bands.end[r + m - 1] : tile.nq;
+  int first, last;
+  tile.bands.hull(r, m, first, last);
+  q0 = first;
+  q1 = last < tile.nq ? last : tile.nq;
 }
 
 // C[query] (+)= sum over keys of P[key][query] * B[key]

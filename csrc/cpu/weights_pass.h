@@ -45,7 +45,7 @@ template <class Source, class R, class Use>
 void for_weight_tiles(const HeadContext& c, const WeightsScratch<R>& s, int64_t q0, int nq, int64_t k_begin,
                       int64_t k_end, Use use) {
   const auto& p = static_cast<const typename Source::Params&>(*c.p);
-  int64_t begin = first_key(c.band, q0), end = end_key(c.band, q0 + nq - 1);
+  auto [begin, end] = seen_by_rows(c, q0, nq);
   begin = begin / kKeyTile * kKeyTile > k_begin ? begin / kKeyTile * kKeyTile : k_begin;
   end = end < k_end ? end : k_end;
   if (begin >= end) return;
@@ -57,8 +57,8 @@ void for_weight_tiles(const HeadContext& c, const WeightsScratch<R>& s, int64_t 
     ScoreTile<R> tile;
     if (!prepare_tile<R>(c, q0, nq, k0, nk, score_scratch, tile)) continue;
     source.probabilities(c, tile, s.P);
-    if (p.dropout_p > 0) {
-      dropout_tile<R>(c, tile, s.keep);
+    if (has_factor(p)) {
+      factor_tile<R>(c, tile, s.keep);
       multiply_tile<R>(tile, s.P, s.keep);
     }
     use(tile);
