@@ -22,7 +22,7 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
-FWD_ARGUMENTS, BWD_ARGUMENTS = 24, 34
+FWD_ARGUMENTS, BWD_ARGUMENTS = 27, 38
 
 
 @pytest.fixture(scope="module")
