@@ -14,7 +14,7 @@
 namespace attnfast::ATTNFAST_ISA {
 namespace {
 
-constexpr int64_t kMinTasks = 16;      // keys are split until there are this many tasks,
+constexpr int64_t kMinTasks = 16;       // keys are split until there are this many tasks,
 constexpr int64_t kMinSplitKeys = 256;  // but not further than this
 constexpr int kGradientKeys = 8;        // whose tangents wait for dS
 
@@ -119,11 +119,13 @@ void decode_task(const Decode<R>& f, int64_t task) {
   for (int64_t k0 = begin; k0 < end; k0 += kDecodeChunk) {
     int n = int(end - k0 < kDecodeChunk ? end - k0 : kDecodeChunk);
     const R* addends = load_addends<R>(c, k0, n, row, add) ? add : nullptr;
-    single_query_scores<false, R>(keys + k0 * p.key.stride[2], p.key.stride[2], n, addends, query, weight,
-                                  Extent<R>(p.head_size), static_cast<R*>(nullptr), 0, score);
+    Soon<1> soon;
+    soon.set(0, values + k0 * p.value.stride[2], p.value.stride[2]);
+    single_query_scores<false, 1, R>(keys + k0 * p.key.stride[2], p.key.stride[2], n, addends, query, weight,
+                                     Extent<R>(p.head_size), static_cast<R*>(nullptr), 0, score, soon);
     exponentiate_row<R>(n, addends, f.value_pad, score, out, maximum, sum);
-    add_weighted_rows<R>(values + k0 * p.value.stride[2], p.value.stride[2], n, score, addends,
-                         Extent<R>(p.value_size), out);
+    add_weighted_rows<R>(values + k0 * p.value.stride[2], p.value.stride[2], n, score, addends, Extent<R>(p.value_size),
+                         out);
   }
   PanelState<R> state;
   state.minus_max[0] = maximum == -infinity<R>() ? R(0) : -maximum;
@@ -243,19 +245,18 @@ bool split_lse(const HeadContext& c, const GradientScratch<R>& s) {
   if (!any_huge<R>(s.minus_lse, 1)) return false;
   R* P = static_cast<R*>(scratch(2, size_t(kKeyTile * W + ScoreScratch<R>::size()) * sizeof(R)));
   ScoreScratch<R> score_scratch(P + kKeyTile * W);
-  return split_huge_lse<R>(c, 0, 1, kLog2e, s.minus_lse, s.minus_log, P, score_scratch,
-                           [&](const ScoreTile<R>& tile, R* P) {
-                             alignas(64) R score[kKeyTile];
-                             const T* keys = static_cast<const T*>(p.key.data) + c.key_offset(p.key, tile.k0);
-                             single_query_scores<false, R>(keys, p.key.stride[2], tile.nk, static_cast<R*>(nullptr),
-                                                           s.query, s.weight, Extent<R>(p.head_size),
-                                                           static_cast<R*>(nullptr), 0, score);
-                             for (int k = 0; k < tile.nk; k++) {
-                               Vec<R> x{};
-                               x[0] = score[k];
-                               store(P + k * W, x);
-                             }
-                           });
+  return split_huge_lse<R>(
+      c, 0, 1, kLog2e, s.minus_lse, s.minus_log, P, score_scratch, [&](const ScoreTile<R>& tile, R* P) {
+        alignas(64) R score[kKeyTile];
+        const T* keys = static_cast<const T*>(p.key.data) + c.key_offset(p.key, tile.k0);
+        single_query_scores<false, 0, R>(keys, p.key.stride[2], tile.nk, static_cast<R*>(nullptr), s.query, s.weight,
+                                         Extent<R>(p.head_size), static_cast<R*>(nullptr), 0, score, Soon<0>{});
+        for (int k = 0; k < tile.nk; k++) {
+          Vec<R> x{};
+          x[0] = score[k];
+          store(P + k * W, x);
+        }
+      });
 }
 
 template <class R, class T>
@@ -315,8 +316,15 @@ void gradient_task(const DecodeGradient<R>& f, int64_t task) {
       int64_t k = k0 + i0;
       alignas(64) R P[kLanesOfKeys], slope[kLanesOfKeys];
       const R* hidden = add ? add + i0 : nullptr;
-      single_query_scores<true, R>(keys + k * key_stride, key_stride, m, hidden, s.query, s.weight, depth, s.tanhs,
-                                   depth_pad, P);
+      const T* v = values + k * value_stride;
+      T* dk = grad_key ? grad_key + k * dk_stride : nullptr;
+      T* dv = grad_value ? grad_value + k * dv_stride : nullptr;
+      Soon<3> soon;
+      soon.set(0, v, value_stride);
+      soon.set(1, dk ? dk : v, dk ? dk_stride : value_stride);
+      soon.set(2, dv ? dv : v, dv ? dv_stride : value_stride);
+      single_query_scores<true, 3, R>(keys + k * key_stride, key_stride, m, hidden, s.query, s.weight, depth, s.tanhs,
+                                      depth_pad, P, soon);
       for (int i = 0; i < m; i += N) {
         Vec<R> x = load(P + i) * R(kLog2e);
         if (split_terms) {  // rounded as in split_huge_lse
@@ -332,26 +340,21 @@ void gradient_task(const DecodeGradient<R>& f, int64_t task) {
       }
       Vec<R> dots[kLanesOfKeys] = {};
       for (int i = 0; i < m; i++)
-        if (P[i] != R(0)) dots[i] = partial_dot<R>(values + (k + i) * value_stride, s.grad_out, width);
+        if (P[i] != R(0)) dots[i] = partial_dot<R>(v + i * value_stride, s.grad_out, width);
       bool all = m == kKeys;
       for (int i = 0; i < kKeys; i += N) store(slope + i, sum_of_rows<1, R>(dots + i));
       for (int i = 0; i < m; i++) {
         // Selected, not multiplied: the sum may be NaN where the probability is zero.
         slope[i] = P[i] == R(0) ? R(0) : P[i] * (slope[i] + minus_delta);
         all &= P[i] != R(0);
-        if (!grad_value) continue;
-        T* dv = grad_value + (k + i) * dv_stride;
-        if (P[i] == R(0))
-          store_zeros(dv, 0, 1, p.value_size);
-        else
-          store_scaled<R>(dv, s.grad_out, P[i], width);
+        if (dv && P[i] == R(0))
+          store_zeros(dv + i * dv_stride, 0, 1, p.value_size);
+        else if (dv)
+          store_scaled<R>(dv + i * dv_stride, s.grad_out, P[i], width);
       }
       if (!f.scores) continue;
-      T* dk = grad_key ? grad_key + k * dk_stride : nullptr;
       if (all) {
-        for (int i = 0; i < kKeys; i += 4)
-          add_key_gradients<4, R>(s.tanhs + i * depth_pad, depth_pad, slope + i, s.weight, depth,
-                                  dk ? dk + i * dk_stride : nullptr, dk_stride, s.tile_dq, s.tile_dw);
+        add_key_gradients<kKeys, R>(s.tanhs, depth_pad, slope, s.weight, depth, dk, dk_stride, s.tile_dq, s.tile_dw);
         continue;
       }
       for (int i = 0; i < m; i++) {

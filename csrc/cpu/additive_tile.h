@@ -296,8 +296,9 @@ static void additive_scores(const AdditiveWeights<R>& w, AdditiveRows<R>& querie
       shape_rows<R>(keys, depth_pad, exponentials, false, true);
     }
     alignas(64) R scores[kKeyTile];
-    single_query_scores<false, R>(keys.rows.data, keys.rows.stride, tile.nk, static_cast<R*>(nullptr),
-                                  queries.rows.data, w.weight, Extent<R>(w.depth), static_cast<R*>(nullptr), 0, scores);
+    single_query_scores<false, 0, R>(keys.rows.data, keys.rows.stride, tile.nk, static_cast<R*>(nullptr),
+                                     queries.rows.data, w.weight, Extent<R>(w.depth), static_cast<R*>(nullptr), 0,
+                                     scores, Soon<0>{});
     for (int k = 0; k < tile.nk; k++) {
       Vec<R> x{};
       x[0] = scores[k];

@@ -441,8 +441,8 @@ ATTNFAST_INLINE Vec<double> tanhv(Vec<double> x) {
 // before rounding, 0.65 ulp (root mean square; at most 6) after it. Beyond the limit it is +-1 exactly, with FMA and
 // without. Unlike tanhv it needs no exponential and no choice, which is worth it where nothing shares its division.
 constexpr float kTanhLimit = 0x1.1fd12p+3f;
-alignas(64) static const float kTanhNumerator[5] = {0x1.39f1bcp+20f, 0x1.50125cp+17f, 0x1.18f084p+12f, 0x1.a8064p+4f,
-                                                    0x1.195c7p-6f};
+alignas(64) static const
+    float kTanhNumerator[5] = {0x1.39f1bcp+20f, 0x1.50125cp+17f, 0x1.18f084p+12f, 0x1.a8064p+4f, 0x1.195c7p-6f};
 alignas(64) static const float kTanhDenominator[4] = {0x1.39f1bcp+20f, 0x1.255062p+19f, 0x1.03f74p+15f, 0x1.a68138p+8f};
 ATTNFAST_INLINE VecF tanh_quotient(VecF x) {
 #if defined(__AVX512F__)  // the second operand if either is NaN
