@@ -252,6 +252,32 @@ def dot_attention_decode_obstacle(
 ) -> str | None:
     """Say why ``dot_attention_fwd`` would not take the decode kernel; None if it would. Nothing is computed."""
 
+def additive_attention_decode_obstacle(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    bias2: Tensor | None,
+    query_lengths: Tensor | None,
+    key_lengths: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sink: Tensor | None,
+    prior_center: Tensor | None,
+    seed: Tensor | None,
+    window_bounds: Tensor | None,
+    softcap: float,
+    dropout_p: float,
+    prior_sigma: float,
+    causal: int,
+    window_left: int,
+    window_right: int,
+    /,
+) -> str | None:
+    """Say why ``additive_attention_fwd`` would not take the decode kernel; None if it would. Nothing is computed."""
+
 def set_isa(name: str) -> str:
     """Use the kernels of this variant ("auto" = the best available); return the name of the one in use before.
 

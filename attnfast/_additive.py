@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -104,6 +104,63 @@ def additive_attention(
     >>> attnfast.additive_attention(decoder, encoder, values, torch.randn(64), key_lengths=lengths).shape
     torch.Size([8, 5, 128])
     """
+    given = additive_call(
+        query,
+        key,
+        value,
+        weight,
+        score_bias=score_bias,
+        normalizer=normalizer,
+        mask=mask,
+        bias=bias,
+        causal=causal,
+        window=window,
+        window_center=window_center,
+        query_lengths=query_lengths,
+        key_lengths=key_lengths,
+        alibi_slopes=alibi_slopes,
+        sink=sink,
+        softcap=softcap,
+        dropout_p=dropout_p,
+        prior=prior,
+        return_lse=return_lse,
+        return_weights=return_weights,
+    )
+    call = given.call
+    if is_normalized(call.normalizer, call.prior):
+        score = blocked_additive_scores(given.weight, given.score_bias)
+        results = attend_normalized(*call.arguments, normalizer=normalizer, prior=call.prior, score=score)
+        result = _prepare.finish(call, *results)
+    else:
+        arguments: Any = (*call.arguments[:3], given.weight, given.score_bias, *call.arguments[3:])
+        result = _prepare.finish(call, *additive_core(*arguments))
+    return _without_head(result, call.arguments[6].weights_mode) if given.headless else result
+
+
+class AdditiveCall(NamedTuple):
+    """A checked call: that of the dot core, and ``weight`` and ``score_bias`` as ``[H or 1, D]``."""
+
+    call: _prepare.Call
+    weight: Tensor
+    score_bias: Tensor | None
+    headless: bool  # the caller's tensors have no head axis
+
+
+def additive_call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    *,
+    score_bias: Tensor | None = None,
+    normalizer: str = "softmax",
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    window_center: Tensor | None = None,
+    prior: Any = None,
+    **options: Any,
+) -> AdditiveCall:
+    """Check and prepare the arguments of :func:`additive_attention`."""
     check.choice("normalizer", normalizer, check.NORMALIZERS)
     query, key, value = _prepare._operands(query, key, value)
     check.floating("weight", weight)
@@ -114,40 +171,16 @@ def additive_attention(
         _check_headless(query, key, value)
         query, key, value = query.unsqueeze(-3), key.unsqueeze(-3), value.unsqueeze(-3)
         mask, bias, prior = _insert_head(mask, 3), _insert_head(bias, 3), _prior_with_head(prior)
+        window_center = _insert_head(window_center, 2)
     elif query.dim() < 3:
         shape = check.shape_text(query.shape)
         raise ValueError(f"query: expected [..., H, T_q, D] with a weight of 2 dimensions [H, D], got {shape}")
-    call = _prepare._call(
-        query,
-        key,
-        value,
-        score="dot",
-        mask=mask,
-        bias=bias,
-        causal=causal,
-        window=window,
-        window_center=_insert_head(window_center, 2) if headless else window_center,
-        query_lengths=query_lengths,
-        key_lengths=key_lengths,
-        alibi_slopes=alibi_slopes,
-        sink=sink,
-        softcap=softcap,
-        dropout_p=dropout_p,
-        return_lse=return_lse,
-        return_weights=return_weights,
-    )
+    call = _prepare._call(query, key, value, score="dot", mask=mask, bias=bias, window_center=window_center, **options)
     vector = _score_vector("weight", weight, query, headless)
     shift = None if score_bias is None else _score_vector("score_bias", score_bias, query, headless)
     if normalizer != "softmax" or prior is not None:
         call = _prepare._normalized(call, normalizer, prior)
-    if is_normalized(call.normalizer, call.prior):
-        score = blocked_additive_scores(vector, shift)
-        results = attend_normalized(*call.arguments, normalizer=normalizer, prior=call.prior, score=score)
-        result = _prepare.finish(call, *results)
-    else:
-        arguments: Any = (*call.arguments[:3], vector, shift, *call.arguments[3:])
-        result = _prepare.finish(call, *additive_core(*arguments))
-    return _without_head(result, call.arguments[6].weights_mode) if headless else result
+    return AdditiveCall(call, vector, shift, headless)
 
 
 def _score_vector(name: str, x: Tensor, query: Tensor, headless: bool) -> Tensor:

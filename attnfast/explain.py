@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnfast import _prepare, autograd, functional, ops, reference
+from attnfast import _additive, _prepare, autograd, functional, ops, reference
 from attnfast._ext import _C
 from attnfast._normalized import is_normalized
 from attnfast.ops import DotAttentionOptions
@@ -68,11 +68,16 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
         reference.varlen_attention: _prepare.varlen_call,
     }
     prepare = known.get(fn)
-    if prepare is None:
-        names = ", ".join(name for name in functional.__all__ if not name.endswith("Output"))
+    additive = fn in (_additive.additive_attention, reference.additive_attention)
+    if prepare is None and not additive:
+        names = ", ".join(name for name in (*functional.__all__, "additive_attention") if not name.endswith("Output"))
         raise TypeError(f"fn: expected one of attnfast's functions {names}, got {getattr(fn, '__name__', fn)!r}")
     with torch.random.fork_rng(devices=[]):  # preparing a call draws its dropout seed
-        call = prepare(*args, **kwargs)
+        vectors: list[Any] = []
+        if prepare is not None:
+            call = prepare(*args, **kwargs)
+        else:
+            call, *vectors, _ = _additive.additive_call(*args, **kwargs)
     *tensors, options, return_lse = call.arguments[:8]
     tensors += call.arguments[8:] or [None]
     lines = [_headline(fn, call)]
@@ -80,12 +85,12 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
         return "\n".join([*lines, "kernel: none; attnfast.reference is plain PyTorch by definition"])
     if is_normalized(call.normalizer, call.prior):
         return "\n".join([*lines, *_normalized(call)])
-    route = autograd.plan(*tensors)
+    route = autograd.plan(*tensors, *(x for x in vectors if x is not None))
     lines.append(f"route: {route}, {_ROUTES[route]}")
     if route == "reference":
         return "\n".join([*lines, "kernel: none"])
     need_lse = return_lse or options.weights_mode != 0 or route != "kernel"
-    lines += _kernel(tensors, options, need_lse)
+    lines += _kernel(tensors, options, need_lse, additive)
     lines += _preparation(kwargs.get("score", "scaled_dot"))
     return "\n".join(lines)
 
@@ -107,7 +112,7 @@ def _normalized(call: _prepare.Call) -> list[str]:
     ]
 
 
-def _kernel(tensors: list[Any], options: DotAttentionOptions, need_lse: bool) -> list[str]:
+def _kernel(tensors: list[Any], options: DotAttentionOptions, need_lse: bool, additive: bool) -> list[str]:
     query, key, value, bias, bias2, sink, center = tensors
     dtype = str(query.dtype).removeprefix("torch.")
     real = str(reference.real_dtype(query.dtype)).removeprefix("torch.")
@@ -122,15 +127,16 @@ def _kernel(tensors: list[Any], options: DotAttentionOptions, need_lse: bool) ->
         alibi = alibi.expand(rows, shape[1])
     bounds = None if options.window_bounds is None else options.window_bounds.expand(*shape[:3], 2)
     rest = (_detached(sink), _detached(center), options.seed, bounds)
-    scalars = options[ops.N_OPTION_TENSORS : -1]
+    scalars = options[ops.N_OPTION_TENSORS + additive : -1]  # the additive core has no scale
     modifiers: list[Any] = [mask, _detached(bias), _detached(bias2), *options[1:5], alibi, *rest, *scalars]
-    obstacle = _C.dot_attention_decode_obstacle(query.detach(), key.detach(), value.detach(), *modifiers)
-    if obstacle is None and need_lse:
+    ask = _C.additive_attention_decode_obstacle if additive else _C.dot_attention_decode_obstacle
+    obstacle = ask(query.detach(), key.detach(), value.detach(), *modifiers)
+    if obstacle is None and need_lse and not additive:
         obstacle = "lse is wanted (returned, for weights or for a gradient), and must match the scores of tiles"
     name = "decode kernel (streams keys and values once)" if obstacle is None else "tile kernel"
     if options.cu_seqlens_q is not None:
         name = "tile kernel over packed sequences"
-    if obstacle is not None and query.dtype == torch.bfloat16 and _C.get_isa() == "avx512_bf16":
+    if obstacle is not None and not additive and query.dtype == torch.bfloat16 and _C.get_isa() == "avx512_bf16":
         arithmetic = "products of bfloat16, sums in float32"
     lines = [f"kernel: {name}, ISA {_C.get_isa()}, {arithmetic}"]
     if obstacle is not None:

@@ -117,4 +117,20 @@ py::object additive_attention_bwd(PyObject* const* items, Py_ssize_t given) {
   return py::none();
 }
 
+// None if the forward takes the decode kernel, else why not. Nothing is computed.
+py::object additive_attention_decode_obstacle(PyObject* const* items, Py_ssize_t given) {
+  ArgReader args("additive_attention_decode_obstacle", items, given, 21);
+  const TensorView query = args.tensor("query");
+  const TensorView key = args.tensor("key");
+  const TensorView value = args.tensor("value");
+  AdditiveCall call;
+  Modifiers modifiers;
+  modifiers.read(args, call.params, nullptr);
+  call.set_inputs(query, key, value);
+  call.set_modifiers(modifiers);
+  const char* obstacle = kernels().additive_attention_decode_obstacle(call.params);
+  if (obstacle == nullptr) return py::none();
+  return py::str(obstacle);
+}
+
 }  // namespace attnfast

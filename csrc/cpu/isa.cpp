@@ -9,15 +9,16 @@
 
 namespace attnfast {
 
-#define ATTNFAST_DECLARE(isa)                                           \
-  namespace isa {                                                       \
-  void dot_attention_fwd(const DotAttentionParams&);                    \
-  void dot_attention_bwd(const DotAttentionParams&);                    \
-  const char* dot_attention_decode_obstacle(const DotAttentionParams&); \
-  void additive_attention_fwd(const AdditiveAttentionParams&);          \
-  void additive_attention_bwd(const AdditiveAttentionParams&);          \
-  double yardstick_fma(int64_t steps);                                  \
-  uint64_t yardstick_read(const void* data, int64_t bytes);             \
+#define ATTNFAST_DECLARE(isa)                                                     \
+  namespace isa {                                                                 \
+  void dot_attention_fwd(const DotAttentionParams&);                              \
+  void dot_attention_bwd(const DotAttentionParams&);                              \
+  const char* dot_attention_decode_obstacle(const DotAttentionParams&);           \
+  void additive_attention_fwd(const AdditiveAttentionParams&);                    \
+  void additive_attention_bwd(const AdditiveAttentionParams&);                    \
+  const char* additive_attention_decode_obstacle(const AdditiveAttentionParams&); \
+  double yardstick_fma(int64_t steps);                                            \
+  uint64_t yardstick_read(const void* data, int64_t bytes);                       \
   }
 
 ATTNFAST_DECLARE(baseline)
@@ -38,6 +39,7 @@ namespace {
    isa::dot_attention_decode_obstacle,         \
    isa::additive_attention_fwd,                \
    isa::additive_attention_bwd,                \
+   isa::additive_attention_decode_obstacle,    \
    isa::yardstick_fma,                         \
    isa::yardstick_read}
 

@@ -220,6 +220,47 @@ Problem make_problem(int64_t number) {
   return Problem(config, random.next());
 }
 
+// One query per head, where kernels read rows that fill no whole vector; masks and biases differ from key to key.
+std::vector<Config> one_query_configs() {
+  std::vector<Config> configs;
+  for (DType dtype : {DType::kFloat64, DType::kFloat32, DType::kBFloat16, DType::kFloat16})
+    for (bool additive : {false, true})
+      for (int64_t keys : {3, 77, 1101})
+        for (int mask : {8, 11, -1}) {
+          Config c;
+          c.dtype = dtype;
+          c.additive = additive;
+          c.batch = c.heads = c.kv_heads = 2;
+          c.key_tokens = keys;
+          c.head_size = 37;
+          c.value_size = 21;
+          c.scale = 0.2;
+          c.mask = mask;
+          if (mask < 0) c.bias[0] = 8;
+          c.key_lengths = mask == 11;
+          c.score_bias = mask == 8;
+          c.poison = true;
+          configs.push_back(c);
+          c.bias[0] = -1;  // whose gradient is another kernel's work
+          c.sink = true;
+          configs.push_back(c);
+        }
+  return configs;
+}
+
+int run_one_query(const KernelTable& kernels) {
+  int failures = 0;
+  uint64_t seed = 1;
+  for (const Config& config : one_query_configs()) {
+    const Problem problem(config, ++seed);
+    const std::string error = check(kernels, problem);
+    if (error.empty()) continue;
+    std::printf("FAILED %s one query: %s\n  %s\n", kernels.name, error.c_str(), config.text().c_str());
+    ++failures;
+  }
+  return failures;
+}
+
 int run_cases(const KernelTable& kernels, int64_t first, int64_t cases, const char* note) {
   int failures = 0;
   for (int64_t number = first; number < first + cases; ++number) {
@@ -304,6 +345,7 @@ int main(int argc, char** argv) {
     if (!only.empty() && isa != only) continue;
     set_isa(isa);
     const KernelTable& table = kernels();
+    failures += native::run_one_query(table);
     failures += native::run_cases(table, first, cases, "");
     // Several callers at once, each with the pool.
     std::atomic<int> concurrent{0};

@@ -1,5 +1,6 @@
-// Times the pieces that a tile of the dot core is made of, each alone on operands that stay in cache, beside the peak
-// of multiply-adds: where the cycles of a kernel go. Compiled once per ISA; run by tools/profile_kernels.py.
+// Times the pieces that tiles of the dot core and of the additive core are made of, each alone on operands that stay in
+// cache, beside the peak of multiply-adds: where the cycles of a kernel go. Compiled once per ISA; run by
+// tools/profile_kernels.py.
 #include <time.h>
 
 #include <algorithm>
@@ -7,6 +8,7 @@
 #include <cstdlib>
 #include <vector>
 
+#include "cpu/additive_tile.h"
 #include "cpu/dot_tile.h"
 #include "cpu/yardstick.h"
 
@@ -59,6 +61,55 @@ struct Buffer {
   float* get() { return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(data.data()) + 63) & ~uintptr_t(63)); }
 };
 
+// Name, depth, nanoseconds, slots (a slot is the time of one vector multiply-add at the peak), share of the peak.
+template <class F>
+void line(const char* name, int64_t depth, double work, F piece) {
+  double flops = 0;
+  Timing t = interleave(piece, [&] { flops = yardstick_fma(200'000); });
+  std::printf("%s\t%d\t%s\t%.0f\t%.0f\t", kName, int(depth), name, 1e9 * t.seconds,
+              t.ratio * flops / (2.0 * kLanes<float>));
+  if (work > 0) std::printf("%.3f", work / (t.ratio * flops));
+  std::printf("\n");
+}
+
+// Tokens and their exponentials in both layouts, the scores, and one query alone.
+void run_additive(int64_t depth) {
+  constexpr int W = kPanel<float>, T = kKeyTile;
+  Buffer query(W * depth), key(T * depth), weight(depth), P(T * W), base(AdditivePanel<float>::floats(depth));
+  AdditiveAttentionParams p;
+  p.batch = p.heads = p.kv_heads = 1;
+  p.query_tokens = p.key_tokens = T;
+  p.head_size = p.value_size = depth;
+  p.query = {query.get(), {0, 0, depth, 1}, DType::kFloat32};
+  p.key = {key.get(), {0, 0, depth, 1}, DType::kFloat32};
+  p.weight = weight.get();
+  for (int64_t i = 0; i < T * depth; i++) key.get()[i] *= 4.0f;  // beyond the polynomial near zero
+  HeadContext c = head_context(p, 0, 0);
+  AdditivePanel<float> panel(base.get(), depth);
+  panel.load_head(c);
+  panel.load_queries(c, 0, W);
+  panel.load_keys(c, 0, T);
+  ScoreTile<float> tile{};
+  tile.nq = W;
+  tile.nk = T;
+  panel.scores(tile, P.get());
+  line("additive: read 64 keys", depth, 0, [&] { panel.load_keys(c, 0, T); });
+  line("additive: e^2x, keys", depth, 0, [&] {
+    panel.keys.form = -1;
+    shape_rows<float>(panel.keys, depth, true, false, true);
+  });
+  line("additive: e^2x, queries", depth, 0, [&] {
+    panel.queries.form = -1;
+    shape_rows<float>(panel.queries, depth, true, true, false);
+  });
+  line("additive: scores", depth, 0, [&] { panel.scores(tile, P.get()); });
+  line("additive: scores of one query", depth, 0, [&] {
+    single_query_scores<false, 0, float>(static_cast<const float*>(key.get()), depth, T, static_cast<float*>(nullptr),
+                                         query.get(), weight.get(), Extent<float>(depth), static_cast<float*>(nullptr),
+                                         0, P.get(), Soon<0>{});
+  });
+}
+
 void run(int64_t depth) {
   constexpr int W = kPanel<float>, T = kKeyTile;
   Buffer query(W * depth), packed(W * depth), key(T * depth), value(T * depth), P(T * W), S(T * W), out(W * depth);
@@ -79,16 +130,8 @@ void run(int64_t depth) {
   QueryPanel<float, float> panel{0, W, packed.get(), lse.get(), nullptr};
   Rows<float> keys{key.get(), depth}, values{value.get(), depth};
 
-  // Name, depth, nanoseconds, slots (a slot is the time of one vector multiply-add at the peak), share of the peak.
   const double product = 2.0 * W * T * double(depth);
-  auto line = [&](const char* name, double work, auto piece) {
-    double flops = 0;
-    Timing t = interleave(piece, [&] { flops = yardstick_fma(200'000); });
-    std::printf("%s\t%d\t%s\t%.0f\t%.0f\t", kName, int(depth), name, 1e9 * t.seconds,
-                t.ratio * flops / (2.0 * kLanes<float>));
-    if (work > 0) std::printf("%.3f", work / (t.ratio * flops));
-    std::printf("\n");
-  };
+  auto line = [&](const char* name, double work, auto piece) { ATTNFAST_ISA::line(name, depth, work, piece); };
   line("scores", product,
        [&] { raw_scores<float, float>(keys, depth, packed.get(), S.get(), T, W / kLanes<float>, nullptr); });
   line("scores, exp2", product, [&] { probability_tile<float, float>(c, tile, keys, panel, P.get(), nullptr); });
@@ -117,5 +160,6 @@ void run(int64_t depth) {
 
 int main() {
   for (int depth : {64, 128}) attnfast::ATTNFAST_ISA::run(depth);
+  attnfast::ATTNFAST_ISA::run_additive(256);
   return 0;
 }
