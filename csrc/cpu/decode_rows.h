@@ -28,7 +28,8 @@ ATTNFAST_INLINE Vec<R> sum_of_rows(Vec<R>* r) {
 }
 
 // Base-2 addends of n <= kDecodeChunk keys of the query at position 0, -inf where masked; false if the call has none.
-// Both arrays hold whole vectors. Each addend is rounded before it is added, as in tiles.
+// Both arrays hold whole vectors; what is added past the last key is 0. Each addend is rounded before it is added, as
+// in tiles.
 template <class R>
 bool load_addends(const HeadContext& c, int64_t k0, int n, R* row, R* add) {
   const AttentionParams& p = *c.p;
@@ -42,6 +43,7 @@ bool load_addends(const HeadContext& c, int64_t k0, int n, R* row, R* add) {
     int64_t distance = c.band.offset - (k0 + i);
     add[i] = -slope * R(distance < 0 ? -distance : distance);
   }
+  for (int64_t i = n; i < padded<R>(n); i++) add[i] = R(0);
   for (const Tensor4& bias : p.bias)
     if (bias.data) {
       load_rows<R>(bias, offset4(bias, c.s.tensor_batch, c.h, 0, k0), 1, n, row, kDecodeChunk);
