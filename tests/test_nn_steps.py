@@ -217,6 +217,10 @@ def test_the_largest_draw_stays_inside(monkeypatch: pytest.MonkeyPatch) -> None:
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
             got = module.to(dtype)(torch.zeros(1, 2, dtype=dtype), memory.to(dtype), torch.tensor([5]))
             assert got.choice.tolist() == [place]
+    module, memory = with_scores(torch.zeros(9), torch.randn(1, 9, 3))  # in bfloat16 seven weights sum to 0.998
+    monkeypatch.setattr(torch, "rand_like", lambda x: torch.full_like(x, 1 - 2**-24))
+    got = module.bfloat16()(torch.zeros(1, 2, dtype=torch.bfloat16), memory.bfloat16(), torch.tensor([7]))
+    assert got.choice.tolist() == [6]
 
 
 @pytest.mark.parametrize("training", [False, True])

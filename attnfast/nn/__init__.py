@@ -7,12 +7,15 @@ what depends on the memory alone, and ``step(query, projected, lengths)``.
 from attnfast.nn._additive import BahdanauAttention, HardAttention, HardAttentionOutput, LocationSensitiveAttention
 from attnfast.nn._attention import Attention, ContentAttention
 from attnfast.nn._base import MemoryAttention, ProjectedMemory
+from attnfast.nn._end_to_end_memory import EndToEndMemory, EndToEndMemoryOutput
 from attnfast.nn._luong import LocationAttention, LuongAttention
 
 __all__ = [
     "Attention",
     "BahdanauAttention",
     "ContentAttention",
+    "EndToEndMemory",
+    "EndToEndMemoryOutput",
     "HardAttention",
     "HardAttentionOutput",
     "LocationAttention",
