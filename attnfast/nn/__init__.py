@@ -1,14 +1,17 @@
 """Modules: the attention mechanisms of the literature with their parameters, on attnfast's fused functions.
 
 Every module for decoders has ``forward(query, memory, lengths) -> (context, weights)``, ``project_memory(memory)`` for
-what depends on the memory alone, and ``step(query, projected, lengths)``.
+what depends on the memory alone, and ``step(query, projected, lengths)``. Beside them are networks around a memory: a
+head of a neural Turing machine, end-to-end, key-value, and the first memory networks, of parts that can be replaced.
 """
 
 from attnfast.nn._additive import BahdanauAttention, HardAttention, HardAttentionOutput, LocationSensitiveAttention
 from attnfast.nn._attention import Attention, ContentAttention
 from attnfast.nn._base import MemoryAttention, ProjectedMemory
 from attnfast.nn._end_to_end_memory import EndToEndMemory, EndToEndMemoryOutput
+from attnfast.nn._key_value_memory import KeyValueMemory, KeyValueMemoryOutput
 from attnfast.nn._luong import LocationAttention, LuongAttention
+from attnfast.nn._ntm import NTMHead
 
 __all__ = [
     "Attention",
@@ -18,9 +21,12 @@ __all__ = [
     "EndToEndMemoryOutput",
     "HardAttention",
     "HardAttentionOutput",
+    "KeyValueMemory",
+    "KeyValueMemoryOutput",
     "LocationAttention",
     "LocationSensitiveAttention",
     "LuongAttention",
     "MemoryAttention",
+    "NTMHead",
     "ProjectedMemory",
 ]
