@@ -150,6 +150,22 @@ def test_half_types(name: str, half: torch.dtype, monkeypatch: pytest.MonkeyPatc
         assert error <= 2 * allowed + floor, f"{error} against {allowed} and {floor}"
 
 
+@pytest.mark.bf16
+@pytest.mark.parametrize("half", HALVES, ids=dtype_id)
+@pytest.mark.parametrize("tokens", [2001, 777])
+def test_a_predicted_centre_may_lie_between_what_half_types_can_name(half: torch.dtype, tokens: int) -> None:
+    module = make("luong-concat-p")
+    with torch.no_grad():
+        module.position_score.zero_()  # the middle
+    query, memory = inputs(module, tokens=tokens)
+    expected = Whole(module)(query, memory, torch.tensor([tokens, 333]))[1] > 0
+    assert expected[0].sum(-1).eq(4).all()
+    found = Whole(module.to(half))(query.to(half), memory.to(half), torch.tensor([tokens, 333]))[1] > 0
+    assert torch.equal(found, expected)
+    with torch.autocast("cpu", dtype=half):
+        assert torch.equal(Whole(module.float())(query, memory, torch.tensor([tokens, 333]))[1] > 0, expected)
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_float64_is_computed_in_float64(name: str) -> None:
     module = make(name, dtype=torch.float64)

@@ -37,6 +37,7 @@ STEPS: dict[str, tuple[Callable[[], nn.Module], int]] = {  # and how many weight
     "luong-location": (lambda: LuongAttention(Q, M, "location", max_length=TOKENS), 1),
     "luong-general-m": (lambda: LuongAttention(Q, M, local="m", window=2), 1),
     "luong-concat-m": (lambda: LuongAttention(Q, M, "concat", local="m", window=2), 1),
+    "luong-general-p": (lambda: LuongAttention(Q, M, local="p", window=2), 1),
     "location": (lambda: LocationAttention(Q, M, TOKENS), 1),
     "content": (lambda: ContentAttention(Q, M), 1),
 }

@@ -11,22 +11,42 @@ from attnfast.nn._base import MemoryAttention, ProjectedMemory
 from attnfast.nn._end_to_end_memory import EndToEndMemory, EndToEndMemoryOutput
 from attnfast.nn._key_value_memory import KeyValueMemory, KeyValueMemoryOutput
 from attnfast.nn._luong import LocationAttention, LuongAttention
+from attnfast.nn._memory_networks import (
+    MemoryNetwork,
+    MemoryNetworkOutput,
+    OutputMap,
+    Response,
+    RNNResponse,
+)
+from attnfast.nn._memory_text import ContextBags, Generalization, InputMap, Memory, Text, TextScore, WordSegmenter
 from attnfast.nn._ntm import NTMHead
 
 __all__ = [
     "Attention",
     "BahdanauAttention",
     "ContentAttention",
+    "ContextBags",
     "EndToEndMemory",
     "EndToEndMemoryOutput",
+    "Generalization",
     "HardAttention",
     "HardAttentionOutput",
+    "InputMap",
     "KeyValueMemory",
     "KeyValueMemoryOutput",
     "LocationAttention",
     "LocationSensitiveAttention",
     "LuongAttention",
+    "Memory",
     "MemoryAttention",
+    "MemoryNetwork",
+    "MemoryNetworkOutput",
     "NTMHead",
+    "OutputMap",
     "ProjectedMemory",
+    "RNNResponse",
+    "Response",
+    "Text",
+    "TextScore",
+    "WordSegmenter",
 ]

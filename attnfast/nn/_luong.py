@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from attnfast import functional
 from attnfast.nn._base import MemoryAttention, ProjectedMemory, Weights, drop_head, one_row, positive, uniform, unpack
+from attnfast.reference import real_dtype
 
 SCORES = ("dot", "general", "concat", "location")
 
@@ -160,9 +161,9 @@ class LuongAttention(MemoryAttention):
         return self._scored(query, memory, mode, 0, **options)
 
     def _predicted(self, query: Tensor, tokens: int, lengths: Tensor | None) -> Tensor:
-        """The centre of each row, ``[B, T_q]``."""
-        hidden = torch.tanh(nn.functional.linear(query, self.position_weight))
-        share = torch.sigmoid(hidden @ self.position_score)
+        """The centre of each row, ``[B, T_q]``, in at least float32: bfloat16 cannot name every position beyond 256."""
+        hidden = torch.tanh(nn.functional.linear(query, self.position_weight)).to(real_dtype(query.dtype))
+        share = torch.sigmoid((hidden * self.position_score.to(hidden.dtype)).sum(-1))
         return share * (tokens if lengths is None else lengths.unsqueeze(1).to(share.dtype))
 
     def _scored(
