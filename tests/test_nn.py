@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import math
+import pkgutil
 from collections.abc import Callable
 from typing import Any
 
@@ -468,6 +471,15 @@ def test_wrong_use(name: str) -> None:
     call, exception, pattern = WRONG[name]
     with pytest.raises(exception, match=pattern):
         call()
+
+
+@pytest.mark.parametrize("name", sorted(m.name for m in pkgutil.iter_modules(attnfast.nn.__path__)))
+def test_examples_run(name: str) -> None:
+    module = importlib.import_module(f"attnfast.nn.{name}")
+    assert doctest.testmod(module).failed == 0
+    for part in vars(module).values():
+        public = isinstance(part, type) and part.__module__ == module.__name__ and issubclass(part, nn.Module)
+        assert not public or ">>>" in part.__doc__ or part.__name__ == "MemoryAttention", f"{part.__name__}: no example"
 
 
 def test_state_dict_and_module_names_are_public() -> None:

@@ -49,7 +49,18 @@ class OutputMap(nn.Module):
 
     Notes
     -----
-    A question is asked after all that was written; where x holds facts, x is as old as the last of them.
+    A question is asked after all that was written; where x holds facts, x is as old as the last of them. The paper does
+    not say how old such an x is.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from attnfast.nn import Generalization, InputMap, OutputMap
+    >>> read, output = InputMap(9), OutputMap(9, 4, supports=2)
+    >>> memory = Generalization(slots=3).all_at_once(read(torch.tensor([[[1, 2], [3, 4], [5, 0]]])))
+    >>> places, facts = output(read(torch.tensor([[3, 8]])), memory)
+    >>> places.shape, facts[0].words.shape
+    (torch.Size([1, 2]), torch.Size([1, 2]))
     """
 
     def __init__(self, vocabulary: int, size: int, *, supports: int = 2, margin: float = 0.1, **options: Any) -> None:
@@ -141,6 +152,14 @@ class Response(nn.Module):
         gamma.
     **options
         Of `TextScore`: `contexts`, `matches`, `mixed`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from attnfast.nn import InputMap, Response
+    >>> read, response = InputMap(9), Response(9, 4)
+    >>> response(read(torch.tensor([[3, 8]])), [read(torch.tensor([[1, 2]]))]).shape
+    torch.Size([1, 9])
     """
 
     def __init__(self, vocabulary: int, size: int, *, margin: float = 0.1, **options: Any) -> None:
@@ -183,6 +202,14 @@ class RNNResponse(nn.Module):
     Notes
     -----
     The paper states no initial values; those of torch's layers stand.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from attnfast.nn import InputMap, RNNResponse
+    >>> read, response = InputMap(9), RNNResponse(9, 4, length=5)
+    >>> response(read(torch.tensor([[3, 8]])), [read(torch.tensor([[1, 2]]))]).shape
+    torch.Size([1, 5])
     """
 
     def __init__(self, vocabulary: int, size: int, *, length: int = 10, end: int = 1) -> None:
