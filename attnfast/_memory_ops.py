@@ -1,0 +1,1 @@
+"""The torch operators of the memory functions: allocation, fake kernels. One section a function."""
