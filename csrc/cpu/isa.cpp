@@ -16,6 +16,8 @@ namespace attnfast {
   const char* dot_attention_decode_obstacle(const DotAttentionParams&); \
   void additive_attention_fwd(const AdditiveAttentionParams&);          \
   void additive_attention_bwd(const AdditiveAttentionParams&);          \
+  void topk_scores_fwd(const TopkParams&);                              \
+  void topk_scores_bwd(const TopkGradientParams&);                      \
   double yardstick_fma(int64_t steps);                                  \
   uint64_t yardstick_read(const void* data, int64_t bytes);             \
   }
@@ -38,6 +40,8 @@ namespace {
    isa::dot_attention_decode_obstacle,         \
    isa::additive_attention_fwd,                \
    isa::additive_attention_bwd,                \
+   isa::topk_scores_fwd,                       \
+   isa::topk_scores_bwd,                       \
    isa::yardstick_fma,                         \
    isa::yardstick_read}
 

@@ -18,6 +18,8 @@ struct KernelTable {
   const char* (*dot_attention_decode_obstacle)(const DotAttentionParams&);
   void (*additive_attention_fwd)(const AdditiveAttentionParams&);
   void (*additive_attention_bwd)(const AdditiveAttentionParams&);
+  void (*topk_scores_fwd)(const TopkParams&);
+  void (*topk_scores_bwd)(const TopkGradientParams&);
   double (*yardstick_fma)(int64_t steps);
   uint64_t (*yardstick_read)(const void* data, int64_t bytes);
 };
