@@ -19,8 +19,8 @@ from attnfast._reference_memory import picked_scores
 
 # --- topk_scores ----------------------------------------------------------------------------------------------------
 
-TOPK_FORWARD = torch.ops.attnfast.topk_scores_fwd.default
-TOPK_BACKWARD = torch.ops.attnfast.topk_scores_bwd.default
+TOPK_FORWARD: Any = torch.ops.attnfast.topk_scores_fwd.default
+TOPK_BACKWARD: Any = torch.ops.attnfast.topk_scores_bwd.default
 
 
 def topk_scores(query: Tensor, keys: Tensor, mask: Tensor | None, k: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -36,8 +36,8 @@ def topk_scores(query: Tensor, keys: Tensor, mask: Tensor | None, k: int, scale:
             if autograd.all_have_storage(query, keys, mask):
                 raise
     if route == "function" or autograd.functorch_differentiates():
-        return TopkScoresForward.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
-    return TOPK_FORWARD(*arguments)  # type: ignore[no-any-return]
+        return TopkScoresForward.apply(*arguments)
+    return TOPK_FORWARD(*arguments)
 
 
 class TopkScoresForward(Function):
@@ -47,7 +47,7 @@ class TopkScoresForward(Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        return TOPK_FORWARD(*args)  # type: ignore[no-any-return]
+        return TOPK_FORWARD(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -60,7 +60,8 @@ class TopkScoresForward(Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if grads[0] is None:
             return (None,) * 5
-        found = _topk_backward(grads[0], *ctx.saved_tensors, ctx.scale, ctx.needs_input_grad[:2])
+        query, keys, indices = ctx.saved_tensors
+        found = _topk_backward(grads[0], query, keys, indices, ctx.scale, ctx.needs_input_grad[:2])
         return (*found, None, None, None)
 
 
@@ -86,7 +87,7 @@ class TopkScoresBackward(Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        return TOPK_BACKWARD(*args)  # type: ignore[no-any-return]
+        return TOPK_BACKWARD(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -101,18 +102,14 @@ class TopkScoresBackward(Function):
         wanted, real = ctx.needs_input_grad, grad_scores.dtype
         found: list[Tensor | None] = [None, None, None]
         if wanted[0]:
-            pairs = ((by_query, keys), (query, by_keys))
-            parts = [picked_scores(q.to(real) * ctx.scale, rows, indices) for q, rows in pairs if _both(q, rows)]
+            pairs = [(x, y) for x, y in ((by_query, keys), (query, by_keys)) if x is not None and y is not None]
+            parts = [picked_scores(x.to(real) * ctx.scale, y, indices) for x, y in pairs]
             found[0] = sum(parts[1:], parts[0]).masked_fill(indices < 0, 0.0) if parts else None
         if wanted[1] and by_keys is not None:
             found[1] = _topk_backward(grad_scores, query, by_keys, indices, ctx.scale, (True, False))[0]
         if wanted[2] and by_query is not None:
             found[2] = _topk_backward(grad_scores, by_query, keys, indices, ctx.scale, (False, True))[1]
         return (*found, None, None, None)
-
-
-def _both(x: Tensor | None, y: Tensor | None) -> bool:
-    return x is not None and y is not None
 
 
 def _topk_fwd_vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:

@@ -41,7 +41,7 @@ def topk_scores_bwd(
     order = indices.flatten().argsort(stable=True) if needs[1] else None
     _C.topk_scores_bwd(
         grad_scores.contiguous(), _rows(query), _rows(keys), indices, order, grad_query, grad_keys, scale
-    )  # fmt: skip
+    )
     nothing = ops.nothing
     return (
         nothing(query, query.dtype) if grad_query is None else grad_query,
@@ -72,7 +72,8 @@ def _topk_fwd_fake(query, keys, mask, k, scale):  # type: ignore[no-untyped-def]
 
 
 LIBRARY.define(
-    "topk_scores_fwd(Tensor query, Tensor keys, Tensor? mask, SymInt k, float scale) -> (Tensor scores, Tensor indices)",
+    "topk_scores_fwd(Tensor query, Tensor keys, Tensor? mask, SymInt k, float scale) -> "
+    "(Tensor scores, Tensor indices)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 LIBRARY.define(
