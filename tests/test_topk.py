@@ -142,7 +142,11 @@ def test_not_finite(isa: str, dtype: torch.dtype, B: int) -> None:
     """NaN comes first, +inf after it; -inf of a visible slot before the places that stay empty."""
     N, D, k = 1500, 8, 40
     query, keys = integers(B, D, dtype=dtype).abs() + 1, integers(N, D, dtype=dtype, seed=1)
-    keys[700, 3], keys[90, 0], keys[1400, 2] = NAN, INF, NAN
+    keys[90, 0] = INF
+    keys[700, 3], keys[1400, 2] = torch.tensor([NAN, NAN], dtype=dtype) * torch.tensor(
+        [-1, 1], dtype=dtype
+    )  # two signs
+    assert keys[[700, 1400], [3, 2]].signbit().tolist() in ([True, False], [False, True])
     keys[3], keys[1300] = INF, -INF
     mask = torch.ones(B, N, dtype=torch.bool)
     scores = query.double() @ keys.double().T
