@@ -76,6 +76,7 @@ py::object topk_scores_fwd(PyObject* const* items, Py_ssize_t given) {
   params.threads = static_cast<int32_t>(threads);
 
   const KernelTable& table = kernels();
+  params.native_bf16 = table.native_bf16;
   {
     const py::gil_scoped_release no_gil;
     table.topk_scores_fwd(params);

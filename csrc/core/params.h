@@ -111,6 +111,8 @@ struct TopkParams {
   void* scores = nullptr;
   int64_t* indices = nullptr;
   int32_t threads = 1;  // torch.get_num_threads(): chooses the schedule, never the result
+  // The processor has AVX512_BF16 (KernelTable::native_bf16): it may find out with it which scores are of no interest.
+  bool native_bf16 = false;
 };
 
 // Its gradient, the choice of slots held fixed.

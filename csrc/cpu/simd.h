@@ -147,6 +147,14 @@ ATTNFAST_INLINE Vec<R> larger(Vec<R> x, Vec<R> y) {
   return x > y ? x : y;
 #endif
 }
+ATTNFAST_INLINE VecF square_root(VecF x) {
+#if defined(__AVX512F__)
+  return (VecF)_mm512_sqrt_ps((__m512)x);
+#else
+  for (int i = 0; i < kLanes<float>; i++) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+#endif
+}
 // Bit i is set where lane i of a comparison's result is.
 template <class I>
 ATTNFAST_INLINE uint64_t lane_bits(Vec<I> x) {

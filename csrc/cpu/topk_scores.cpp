@@ -10,10 +10,9 @@
 // formed alike wherever it is formed, and the choice is exact, so no schedule shows in the result.
 #include "topk_scores.h"
 
-#include "gemm_tile.h"
 #include "mask_bits.h"
 #include "parallel.h"
-#include "topk_select.h"
+#include "topk_sift.h"
 
 namespace attnfast::ATTNFAST_ISA {
 namespace {
@@ -23,7 +22,6 @@ constexpr int64_t kWarmSlots = 1152;  // whose scores are written out first
 constexpr int64_t kBoundCount = 64;   // largest k that takes its first threshold from them
 constexpr int64_t kKeyStep = 192;     // slots formed at a time: a multiple of every tile's rows and of kKeyTile
 constexpr int64_t kKeyBytes = 192 << 10;
-constexpr int64_t kDepth = 128;                  // of the product formed at a time: that much of a panel stays in L1
 constexpr int64_t kMinShare = 16384;             // slots of a range at least
 constexpr int64_t kMaxShare = int64_t(1) << 30;  // slots are counted in 32 bits within a range
 static_assert(kKeyStep % kKeyTile == 0 && kKeyStep % (2 * kTileRows) == 0 && kWarmSlots % kKeyStep == 0);
@@ -40,182 +38,6 @@ struct Arena {
   }
 };
 
-template <class R>
-struct Search {
-  const TopkParams* p;
-  int64_t panels, group, groups;  // group: panels of a task
-  int64_t splits, share;          // share: slots of a range
-  int64_t chunk;                  // slots that the panels of a task visit together
-  int64_t capacity;               // of a buffer of candidates
-  bool in_place;                  // keys can be read where they are
-  // With several ranges, what each found: [query][range][k].
-  int64_t* found;
-  Candidates<R> best;
-};
-
-// The queries of a panel and what is known of each.
-template <class R>
-struct Panel {
-  int64_t first;  // query
-  int queries, vectors;
-  const R* packed;     // [D][vectors]
-  R* threshold;        // what a score must exceed: NaN at first, which everything does
-  uint64_t lanes;      // one bit a query
-  int32_t* count;      // of candidates
-  Ordered<R>* buffer;  // of each query: capacity scores, then as many slots, both with a vector of room
-};
-
-template <class R>
-static int64_t buffer_half(const Search<R>& f) {
-  return f.capacity + kLanes<R>;
-}
-template <class R>
-static Candidates<R> candidates(const Search<R>& f, const Panel<R>& panel, int lane) {
-  Ordered<R>* own = panel.buffer + 2 * lane * buffer_half(f);
-  return {own, own + buffer_half(f)};
-}
-
-// ---------------------------------------------------------------- candidates of a panel
-
-template <class R>
-ATTNFAST_INLINE void push(const Search<R>& f, Panel<R>& panel, int lane, R score, int64_t slot) {
-  Candidates<R> c = candidates(f, panel, lane);
-  int n = panel.count[lane];
-  c.score[n] = ordered_one(score);
-  c.slot[n] = Ordered<R>(slot);
-  if (++n == f.capacity) {
-    panel.threshold[lane] = score_of<R>(keep_best<R>(c, n, f.p->count));
-    n = int(f.p->count);
-  }
-  panel.count[lane] = n;
-}
-
-// Candidates among `rows` slots from `slot` on, whose scores are S[row][lane]. INCLUSIVE: the threshold bounds the k-th
-// best from below, but stands for no candidates yet, so a score may also equal it.
-template <class R, int N, bool INCLUSIVE>
-__attribute__((noinline)) static void filter(const Search<R>& f, Panel<R>& panel, const R* S, int64_t slot, int rows,
-                                             const uint64_t* visible) {
-  constexpr int L = kLanes<R>;
-  for (int i = 0; i < rows; i++, S += N * L) {
-    uint64_t bits = 0;
-    ATTNFAST_UNROLL for (int v = 0; v < N; v++) {
-      Vec<R> x = load(S + v * L), t = load(panel.threshold + v * L);
-      uint64_t own = INCLUSIVE ? lane_bits<MaskInt<R>>(~(x < t)) : not_at_most_bits<R>(x, t);
-      bits |= own << (v * L);
-    }
-    bits &= visible ? panel.lanes & visible[i] : panel.lanes;
-    for (; bits != 0; bits &= bits - 1) {
-      int lane = __builtin_ctzll(bits);
-      push(f, panel, lane, S[lane], slot + i);
-    }
-  }
-}
-
-// A lower bound of the k-th best of n scores for each lane: of the maxima of 2 * power groups the power-th largest,
-// where power >= k. NaN, the largest score of all, is passed over, which only lowers the bound.
-template <class R, int N>
-static void bound(const R* S, int64_t n, int power, R* threshold, R* maxima) {
-  constexpr int L = kLanes<R>;
-  const int groups = 2 * power;
-  auto order = [](R* low, R* high) ATTNFAST_LAMBDA {
-    Vec<R> a = load(low), b = load(high), m = larger<R>(a, b);
-    store(low, m == a ? b : a);
-    store(high, m);
-  };
-  for (int v = 0; v < N; v++) {
-    for (int g = 0; g < groups; g++) {
-      Vec<R> m = splat(-infinity<R>());
-      for (int64_t i = g; i < n; i += groups) m = larger<R>(load(S + (i * N + v) * L), m);
-      store(maxima + g * L, m);
-    }
-    for (int half = 0; half < 2; half++) {  // Batcher's odd-even merge sort, upwards, each lane on its own
-      R* x = maxima + half * power * L;
-      for (int p = 1; p < power; p *= 2)
-        for (int w = p; w >= 1; w /= 2)
-          for (int a = w % p; a + w < power; a += 2 * w)
-            for (int i = a; i < a + w && i + w < power; i++)
-              if (i / (2 * p) == (i + w) / (2 * p)) order(x + L * i, x + L * (i + w));
-    }
-    // The larger half of two sorted halves, one of them read backwards, pair by pair.
-    Vec<R> least = splat(infinity<R>());
-    for (int i = 0; i < power; i++) {
-      Vec<R> m = larger<R>(load(maxima + i * L), load(maxima + (groups - 1 - i) * L));
-      least = m < least ? m : least;
-    }
-    // -inf: slots may be hidden, and a true -inf is a score like others.
-    store(threshold + v * L, least == -infinity<R>() ? splat(R(__builtin_nan(""))) : least);
-  }
-}
-
-// ---------------------------------------------------------------- tiles
-
-// c[i][v] += sum_d a[i][d] * q[d][v]; the rows at `ahead` are wanted next.
-template <class R, int M, int N>
-ATTNFAST_INLINE void accumulate(int64_t depth, const R* a, int64_t stride, const R* ahead, const R* q,
-                                Vec<R> (&c)[M][N]) {
-  constexpr int64_t kLine = 64 / sizeof(R), W = N * kLanes<R>;
-  int64_t d = 0;
-  for (; d + kLine <= depth; d += kLine) {
-    ATTNFAST_UNROLL for (int i = 0; i < M; i++) prefetch(ahead + i * stride + d);
-    multiply<R, M, N, false, R>(kLine, a + d, stride, q + d * W, W, c);
-  }
-  multiply<R, M, N, false, R>(depth - d, a + d, stride, q + d * W, W, c);
-}
-
-// The scores of `count` slots from `slot` on, whose keys are given, for a panel of N vectors. STORE: written to S, for
-// the bound to come; otherwise compared with the thresholds, and S holds what is not finished.
-template <class R, int N, bool STORE>
-static void form(const Search<R>& f, Panel<R>& panel, Rows<R> keys, int64_t slot, int64_t count,
-                 const uint64_t* visible, R* S, R* tail) {
-  constexpr int M = N == kTileCols ? kTileRows : 2 * kTileRows;
-  constexpr int L = kLanes<R>, W = N * L;
-  const int64_t size = f.p->size;
-  const int64_t pieces = size > kDepth ? (size + kDepth - 1) / kDepth : 1;
-  const int64_t depth = (size / pieces + 15) / 16 * 16;
-  const int64_t whole = count / M * M;
-  for (int64_t i = whole; i < count; i++)  // the last rows go through a tile that is filled up with zeros
-    for (int64_t d = 0; d < size; d++) tail[(i - whole) * size + d] = keys.data[i * keys.stride + d];
-  for (int64_t i = count; i < whole + M; i++)
-    for (int64_t d = 0; d < size; d++) tail[(i - whole) * size + d] = R(0);
-  for (int64_t piece = 0; piece < pieces; piece++) {
-    const int64_t d0 = piece * depth < size ? piece * depth : size;
-    const int64_t part = piece == pieces - 1 || size - d0 < depth ? size - d0 : depth;
-    const bool last = piece == pieces - 1;
-    for (int64_t j = 0; j < count; j += M) {
-      const int rows = count - j < M ? int(count - j) : M;
-      R* s = S + j * W;
-      if (visible) {
-        uint64_t any = 0;
-        for (int i = 0; i < rows; i++) any |= visible[j + i];
-        if ((any & panel.lanes) == 0) {
-          if (STORE)
-            for (int i = 0; i < rows * W; i++) s[i] = -infinity<R>();
-          continue;
-        }
-      }
-      const R* a = (j < whole ? keys.data + j * keys.stride : tail) + d0;
-      const int64_t stride = j < whole ? keys.stride : size;
-      const R* ahead = j + 2 * M <= whole ? a + M * stride : a;
-      Vec<R> c[M][N];
-      if (piece == 0) {
-        ATTNFAST_UNROLL for (int i = 0; i < M; i++) ATTNFAST_UNROLL for (int v = 0; v < N; v++) c[i][v] = Vec<R>{};
-      } else {
-        ATTNFAST_UNROLL for (int i = 0; i < M; i++) ATTNFAST_UNROLL for (int v = 0; v < N; v++) c[i][v] =
-            load(s + i * W + v * L);
-      }
-      accumulate<R, M, N>(part, a, stride, ahead, panel.packed + d0 * W, c);
-      if (!STORE && last) {
-        Vec<R> t[N];
-        ATTNFAST_UNROLL for (int v = 0; v < N; v++) t[v] = load(panel.threshold + v * L);
-        if (__builtin_expect(!any_not_at_most<R, M, N>(c, t), 1)) continue;
-      }
-      ATTNFAST_UNROLL for (int i = 0; i < M; i++) ATTNFAST_UNROLL for (int v = 0; v < N; v++)
-          store(s + i * W + v * L, c[i][v]);
-      if (!STORE && last) filter<R, N, false>(f, panel, s, slot + j, rows, visible ? visible + j : nullptr);
-    }
-  }
-}
-
 // ---------------------------------------------------------------- a task: some panels, one range of slots
 
 template <class R>
@@ -224,6 +46,7 @@ struct Task {
   int count;  // of panels
   int64_t begin, end;
   R *converted, *tail, *S, *maxima;
+  Sieve sieve;
   uint64_t* visible;
   Candidates<R> spare;
 };
@@ -358,6 +181,11 @@ static Task<R> lay_out(const Search<R>& f, Arena& arena, R*& packed, R*& rows) {
   int32_t* counts = arena.take<int32_t>(f.group * W);
   Ordered<R>* buffers = arena.take<Ordered<R>>(f.group * W * 2 * buffer_half(f));
   const int64_t most = f.chunk > kKeyStep ? f.chunk : kKeyStep;
+  t.sieve.stride = (padded<float>(p.size) + 63) / 32 / 2 * 64 + 32;  // an odd number of lines
+  t.sieve.rows = arena.take<BFloat16>(f.sifted ? most * t.sieve.stride : 0);
+  t.sieve.margin = arena.take<float>(f.sifted ? most + kLanes<float> : 0);
+  uint32_t* pairs = arena.take<uint32_t>(f.sifted ? f.group * W * steps_of<BFloat16>(p.size) : 0);
+  R* reach = arena.take<R>(f.sifted ? f.group * W : 0);
   t.converted = arena.take<R>(f.in_place ? 0 : most * (padded<R>(p.size) + kLanes<R>));
   t.tail = arena.take<R>(2 * kTileRows * p.size);
   t.S = arena.take<R>((kWarmSlots > most ? kWarmSlots : most) * W);
@@ -369,6 +197,8 @@ static Task<R> lay_out(const Search<R>& f, Arena& arena, R*& packed, R*& rows) {
     for (int64_t i = 0; i < f.group; i++) {
       Panel<R>& panel = t.panels[i];
       panel.threshold = thresholds + i * W;
+      panel.pairs = f.sifted ? pairs + i * W * steps_of<BFloat16>(p.size) : nullptr;
+      panel.reach = reach + i * W;
       panel.count = counts + i * W;
       panel.buffer = buffers + i * W * 2 * buffer_half(f);
     }
@@ -400,15 +230,33 @@ static void search_panels(const Search<R>& f, int64_t task) {
       panel.count[lane] = 0;
     }
     pack(f, panel, packed + i * W * p.size, rows);
+    panel.pause = 0;
+#if ATTNFAST_PAIRS
+    if constexpr (std::is_same_v<R, float>)
+      if (f.sifted) prepare_panel(panel, p.size, const_cast<uint32_t*>(panel.pairs));
+#endif
     with_vectors(panel.vectors, [&](auto n) { warm_up<R, decltype(n)::value>(f, t, panel, warm); });
   }
   for (int64_t j = t.begin + warm; j < t.end; j += f.chunk) {
     const int64_t n = t.end - j < f.chunk ? t.end - j : f.chunk;
     Rows<R> keys = key_rows(f, t, j, n);
+    [[maybe_unused]] bool prepared = false;
     for (int i = 0; i < t.count; i++) {
       Panel<R>& panel = t.panels[i];
       const uint64_t* visible = visible_slots(f, t, panel, j, n);
       with_vectors(panel.vectors, [&](auto v) {
+#if ATTNFAST_PAIRS
+        if constexpr (std::is_same_v<R, float>) {
+          if (panel.pause > 0) {
+            panel.pause--;
+          } else if (panel.pairs && worth_sifting(j - t.begin, p.count)) {
+            if (!prepared) prepare_sieve(keys, n, p.size, t.sieve);
+            prepared = true;
+            sift<decltype(v)::value>(f, panel, keys, t.sieve, j - t.begin, n, visible, t.S, t.tail);
+            return;
+          }
+        }
+#endif
         form<R, decltype(v)::value, false>(f, panel, keys, j - t.begin, n, visible, t.S, t.tail);
       });
     }
@@ -420,21 +268,6 @@ static void search_panels(const Search<R>& f, int64_t task) {
 }
 
 // ---------------------------------------------------------------- few queries: keys are streamed
-
-// Lane i of the result is the sum of the lanes of r[i].
-template <int S, class R>
-ATTNFAST_INLINE Vec<R> sums_of_rows(Vec<R>* r) {
-  constexpr int N = kLanes<R>;
-  if constexpr (S == N) {
-    return r[0];
-  } else {
-    ATTNFAST_UNROLL for (int i = 0; i < N; i += 2 * S) {
-      exchange<S, R>(r[i], r[i + S], std::make_integer_sequence<int, N>());
-      r[i] += r[i + S];
-    }
-    return sums_of_rows<S * 2, R>(r);
-  }
-}
 
 template <class R, class T>
 static void search_rows(const Search<R>& f, int64_t split) {
@@ -548,6 +381,7 @@ static void choose(const TopkParams& p) {
   f.chunk = kKeyBytes / (p.size * int64_t(sizeof(R)) + 1) / kKeyStep * kKeyStep;
   f.chunk = f.chunk < kKeyStep ? kKeyStep : f.chunk > kWarmSlots ? kWarmSlots : f.chunk;
   f.capacity = p.count <= 64 ? 128 : (2 * p.count + 79) / 16 * 16;
+  f.sifted = ATTNFAST_PAIRS && p.native_bf16 && std::is_same_v<R, float> && worth_sifting(f.share, p.count);
   f.in_place = p.keys.dtype == kRealType<R> && p.keys.stride[2] * int64_t(sizeof(R)) % 4096 != 0;
   if (f.splits > 1) {
     const int64_t entries = p.queries * f.splits * p.count;

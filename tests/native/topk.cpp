@@ -117,6 +117,7 @@ std::string check_topk(const KernelTable& kernels, int64_t number, int threads, 
   p.keys = keys.view();
   if (mask) p.mask = mask.view();
   p.scale = scale;
+  p.native_bf16 = kernels.native_bf16;
   for (int n : {1, threads}) {
     HostTensor found(real, {1, 1, s.queries, s.count});
     const std::unique_ptr<int64_t[]> indices(new int64_t[static_cast<size_t>(total)]);
