@@ -85,6 +85,7 @@ def topk(request: pytest.FixtureRequest) -> Callable[..., tuple[Tensor, Tensor]]
 # --------------------------------------------------------------------------------------------------------------- result
 
 
+@pytest.mark.bf16
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
 def test_equals_a_stable_sort(isa: str, dtype: torch.dtype, path: tuple[int, int, int, int]) -> None:
     B, N, D, k = path
@@ -107,6 +108,7 @@ def test_reference_equals_the_definition(dtype: torch.dtype, path: tuple[int, in
     assert_same(reference.topk_scores(query, keys, k, mask=mask), oracle(scores, k, mask))
 
 
+@pytest.mark.bf16
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
 def test_ordinary_numbers(isa: str, dtype: torch.dtype, path: tuple[int, int, int, int]) -> None:
     """Scores are as near to float64's as plain torch's in the accumulation type, and no better slot was left out."""
@@ -122,6 +124,7 @@ def test_ordinary_numbers(isa: str, dtype: torch.dtype, path: tuple[int, int, in
     assert all(len(set(row)) == k for row in indices.tolist())
 
 
+@pytest.mark.bf16
 @pytest.mark.parametrize("order", ["rising", "falling", "equal", "zeros of both signs"])
 @pytest.mark.parametrize("path", ["one query over ranges", "panels", "many slots", "large k"])
 def test_orders_of_the_slots(isa: str, path: str, order: str) -> None:
@@ -172,6 +175,7 @@ def test_a_full_house_of_nan(isa: str) -> None:
         assert indices.tolist() == [[1990, 0, 1, 2, 3, 4]] * B
 
 
+@pytest.mark.bf16
 @pytest.mark.parametrize("path", [*PATHS.values()], ids=PATHS.keys())
 def test_masks(isa: str, path: tuple[int, int, int, int]) -> None:
     B, N, D, k = path
@@ -262,9 +266,79 @@ def test_scale(topk: Any, scale: float) -> None:
     assert_same(topk(query, keys, 9, scale=scale), sorted_stably(scale * query.double() @ keys.double().T, 9))
 
 
+# ------------------------------------------------------------------------------------------------------------- sifting
+# avx512_bf16 leaves out scores that a product of bfloat16 shows to be too small; what it returns is avx512's.
+
+SIFTING = "avx512_bf16"
+sifting = pytest.mark.skipif(SIFTING not in _C.available_isas(), reason="this machine lacks AVX512_BF16")
+
+
+def both(*args: Any, **kwargs: Any) -> list[tuple[Tensor, Tensor]]:
+    before, results = _C.get_isa(), []
+    for isa in ("avx512", SIFTING):
+        _C.set_isa(isa)
+        results.append(attnfast.topk_scores(*args, **kwargs))
+    _C.set_isa(before)
+    return results
+
+
+def wild(keys: Tensor) -> Tensor:
+    keys[2000], keys[3000], keys[4000] = INF, NAN, 3e38
+    keys[3500], keys[4100:4200] = -3e38, 1e-40
+    return keys
+
+
+DATA: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "ordinary": lambda q, n: (q, n),
+    "close together": lambda q, n: (q, n + 20),
+    "small integers": lambda q, n: (q.round(), n.round()),
+    "equal": lambda q, n: (q, n[:1].expand(n.shape)),
+    "queries of zeros": lambda q, n: (q * (torch.arange(len(q)) % 3 == 0)[:, None], n),
+    "long and short keys": lambda q, n: (q, n * torch.logspace(-6, 6, len(n))[torch.randperm(len(n)), None]),
+    "huge": lambda q, n: (q * 1e19, n * 1e16),
+    "tiny": lambda q, n: (q * 1e-25, n * 1e-18),
+    "subnormal": lambda q, n: (q * 1e-40, n * 1e30),
+    "not finite": lambda q, n: (q, wild(n)),
+    "infinite query": lambda q, n: (q * torch.tensor([INF] + [1.0] * (len(q) - 1))[:, None], n),
+    "rising": lambda q, n: (q.abs(), torch.arange(len(n))[:, None] * n[:1].abs()),
+    "bfloat16": lambda q, n: (q, n.bfloat16()),
+    "float16": lambda q, n: (q.half(), n.half()),
+}
+
+
+@sifting
+@pytest.mark.parametrize("shape", [(9, 24, 8), (33, 33, 32), (70, 130, 5), (130, 1, 3)], ids=str)
+@pytest.mark.parametrize("data", DATA)
+def test_sifting_changes_no_bit(data: str, shape: tuple[int, int, int]) -> None:
+    B, D, k = shape
+    query, keys = DATA[data](torch.randn(B, D), torch.randn(9000, D))
+    masks = None, torch.rand(B, 9000) < 0.3, torch.arange(9000) % 5 == 2
+    for threads, mask in itertools.product((1, 2), masks):
+        torch.set_num_threads(threads)
+        plain, sifted = both(query, keys, k, mask=mask)
+        assert torch.equal(plain[0].nan_to_num(nan=7.0), sifted[0].nan_to_num(nan=7.0))
+        assert torch.equal(plain[1], sifted[1])
+
+
+@sifting
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("B", [9, 70])
+def test_sifting_allows_for_the_largest_error(B: int, sign: int) -> None:
+    """Elements just below the middle between two numbers of bfloat16, all rounded the same way: the products say that
+    the best slot scores 1 / 128 less than it does."""
+    element = 1 + 2.0**-8 - 2.0**-16
+    query, keys = torch.full((B, 64), sign * element), torch.zeros(6000, 64)
+    keys[:4] = sign * element * (1 - 2.0**-12)
+    keys[5000] = sign * element
+    for scores, indices in both(query, keys, 4):
+        assert indices.tolist() == [[5000, 0, 1, 2]] * B
+        assert (scores[:, 0] > scores[:, 1]).all()
+
+
 # ------------------------------------------------------------------------------------------------------------- threads
 
 
+@pytest.mark.bf16
 @pytest.mark.parametrize("path", ["one query over ranges", "panels over ranges", "panels", "deep", "large k"])
 def test_no_bit_depends_on_the_number_of_threads(isa: str, dtype: torch.dtype, path: str) -> None:
     B, N, D, k = PATHS[path]

@@ -652,5 +652,21 @@ ATTNFAST_INLINE void transpose(Vec<R>* r) {
   transpose_step<1, R>(r);
 }
 
+// Lane i of the result is the sum of the lanes of r[i]: each step adds pairs of rows while it interleaves them, which
+// takes half the shuffles of a transpose.
+template <int S, class R>
+ATTNFAST_INLINE Vec<R> sum_of_rows(Vec<R>* r) {
+  constexpr int N = kLanes<R>;
+  if constexpr (S == N) {
+    return r[0];
+  } else {
+    ATTNFAST_UNROLL for (int i = 0; i < N; i += 2 * S) {
+      exchange<S, R>(r[i], r[i + S], std::make_integer_sequence<int, N>());
+      r[i] += r[i + S];
+    }
+    return sum_of_rows<S * 2, R>(r);
+  }
+}
+
 }  // namespace
 }  // namespace attnfast::ATTNFAST_ISA

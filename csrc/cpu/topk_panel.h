@@ -123,21 +123,6 @@ static void bound(const R* S, int64_t n, int power, R* threshold, R* maxima) {
 
 // ---------------------------------------------------------------- tiles
 
-// Lane i of the result is the sum of the lanes of r[i].
-template <int S, class R>
-ATTNFAST_INLINE Vec<R> sums_of_rows(Vec<R>* r) {
-  constexpr int N = kLanes<R>;
-  if constexpr (S == N) {
-    return r[0];
-  } else {
-    ATTNFAST_UNROLL for (int i = 0; i < N; i += 2 * S) {
-      exchange<S, R>(r[i], r[i + S], std::make_integer_sequence<int, N>());
-      r[i] += r[i + S];
-    }
-    return sums_of_rows<S * 2, R>(r);
-  }
-}
-
 // c[i][v] += sum_d a[i][d] * q[d][v]; the rows at `ahead` are wanted next.
 template <class R, int M, int N>
 ATTNFAST_INLINE void accumulate(int64_t depth, const R* a, int64_t stride, const R* ahead, const R* q,

@@ -319,7 +319,7 @@ static void search_rows(const Search<R>& f, int64_t split) {
           if (rest) sum += load_partial<R>(row[r] + whole, rest) * load(q + whole);
           dot[r] = sum;
         }
-        Vec<R> score = sums_of_rows<1, R>(dot);
+        Vec<R> score = sum_of_rows<1, R>(dot);
         uint64_t bits = not_at_most_bits<R>(score, splat(threshold[b])) & (visible[b] >> j) & kAll;
         if (__builtin_expect(bits == 0, 1)) continue;
         compress_store(own[b].score + count[b], bits, ordered<R>(score));

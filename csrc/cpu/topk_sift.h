@@ -1,7 +1,7 @@
 // Sifting: products of bfloat16, at twice the rate of float32's, tell which scores cannot exceed their thresholds; only
 // the others are formed. The scores themselves never come from these products, so they change no bit of the result.
 //
-// Rounding both factors to bfloat16 moves a score by at most (2^-8 + ...) |query| |key|. With the lengths at hand, a
+// Rounding both factors to bfloat16 moves a score by at most (2^-7 + ...) |query| |key|. With the lengths at hand, a
 // score whose bfloat16 product stays below its threshold by that much is done with. Once some thousand slots have been
 // seen little else is left: some pairs of a slot and a vector of queries, whose scores are formed as a tile forms them,
 // element after element. Where much is left, in data whose scores lie close together, tiles are formed as before.
@@ -37,8 +37,8 @@ static inline bool worth_sifting(int64_t seen, int64_t k) {
 // [count][D] rows of floats to the sieve.
 static void prepare_sieve(Rows<float> keys, int64_t count, int64_t size, const Sieve& sieve) {
   constexpr int L = kLanes<float>;
-  // Both factors rounded: 2^-9 each and their product; float32 sums, of either kind: 2^-23 a step at most.
-  const float relative = 0x1.02p-8f + float(size) * 0x1p-22f;
+  // Both factors rounded: 2^-8 each and their product; float32 sums, of either kind: 2^-23 a step at most.
+  const float relative = 0x1.02p-7f + float(size) * 0x1p-22f;
   for (int64_t i = 0; i < count; i += L) {
     VecF squares[L];
     for (int r = 0; r < L; r++) {
@@ -57,7 +57,7 @@ static void prepare_sieve(Rows<float> keys, int64_t count, int64_t size, const S
       }
       squares[r] = sum;
     }
-    VecF length = square_root(sums_of_rows<1, float>(squares));
+    VecF length = square_root(sum_of_rows<1, float>(squares));
     store(sieve.margin + i, length < kLongest ? (length + kShortest) * relative : splat(infinity<float>()));
   }
 }
