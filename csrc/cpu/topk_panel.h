@@ -147,10 +147,9 @@ static void form(const Search<R>& f, Panel<R>& panel, Rows<R> keys, int64_t slot
   const int64_t pieces = size > kDepth ? (size + kDepth - 1) / kDepth : 1;
   const int64_t depth = (size / pieces + 15) / 16 * 16;
   const int64_t whole = count / M * M;
-  for (int64_t i = whole; i < count; i++)  // the last rows go through a tile that is filled up with zeros
-    for (int64_t d = 0; d < size; d++) tail[(i - whole) * size + d] = keys.data[i * keys.stride + d];
-  for (int64_t i = count; i < whole + M; i++)
-    for (int64_t d = 0; d < size; d++) tail[(i - whole) * size + d] = R(0);
+  // The last rows go through a tile that is filled up with zeros.
+  for (int64_t i = whole; whole < count && i < whole + M; i++)
+    for (int64_t d = 0; d < size; d++) tail[(i - whole) * size + d] = i < count ? keys.data[i * keys.stride + d] : R(0);
   for (int64_t piece = 0; piece < pieces; piece++) {
     const int64_t d0 = piece * depth < size ? piece * depth : size;
     const int64_t part = piece == pieces - 1 || size - d0 < depth ? size - d0 : depth;

@@ -32,9 +32,9 @@ struct Arena {
   size_t used = 0;
   template <class T>
   T* take(int64_t n) {
-    T* piece = reinterpret_cast<T*>(base + used);
+    T* piece = base ? reinterpret_cast<T*>(base + used) : nullptr;
     used += (size_t(n) * sizeof(T) + 63) / 64 * 64;
-    return base ? piece : nullptr;
+    return piece;
   }
 };
 
