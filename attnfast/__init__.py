@@ -8,6 +8,7 @@ torch.Size([2, 8, 128, 64])
 
 from attnfast import nn, reference, viz
 from attnfast._ext import _C as _binary
+from attnfast._memory import topk_scores
 from attnfast.explain import explain
 from attnfast.functional import (
     AttentionOutput,
@@ -36,6 +37,7 @@ __all__ = [
     "reference",
     "scaled_dot_product_attention",
     "set_isa",
+    "topk_scores",
     "varlen_attention",
     "viz",
 ]

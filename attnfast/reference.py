@@ -29,6 +29,7 @@ from attnfast._reference_core import (
     real_dtype,
     unit_vectors,
 )
+from attnfast._reference_memory import topk_scores as topk_scores
 
 WEIGHTS_MODES = {False: 0, True: 1, "full": 1, "column_sum": 2, "row_max": 3}
 

@@ -42,6 +42,7 @@ SUITES = {
     for suite in (
         Suite("dot", "Dot-product attention"),
         Suite("additive", "Additive attention", yardsticks=False),
+        Suite("topk", "The best slots of a memory"),
         Suite("threads", "How work is shared by threads"),
         Suite("masks", "What a mask costs", compared=False, memory=False, yardsticks=False),
         Suite("accuracy", "Error against float64", default=False, memory=False, yardsticks=False),
@@ -197,6 +198,8 @@ def _load() -> None:
         cases_scaling,
         cases_sweep,
         cases_threads,
+        cases_topk,
         peers,
         peers_additive,
+        peers_topk,
     )

@@ -270,7 +270,8 @@ def markdown_table(rows: list[Row]) -> str:
                     dtype = group[OURS].dtype
             lines.append(f"| {case} | {dtype} | {count} | {' | '.join(cells)} | {memory} |")
     lines.append("")
-    lines += _additive_lines([row for row in rows if row.suite == "additive"])
+    lines += _eager_lines([row for row in rows if row.suite == "additive"], _ADDITIVE, "B,T_q x T_k,D")
+    lines += _eager_lines([row for row in rows if row.suite == "topk"], _TOPK, "B x N,D")
     rest = [row for row in rows if row.suite != "dot" and row.peer == TORCH and is_comparison(row)]
     if rest:
         lines.append("| case | threads | attnfast | torch | ratio |")
@@ -288,16 +289,25 @@ def markdown_table(rows: list[Row]) -> str:
     return "\n".join(lines).rstrip()
 
 
-def _additive_lines(rows: list[Row]) -> list[str]:
-    """Additive attention, for which torch has no function: ratios over every peer."""
+_ADDITIVE = (
+    "Additive attention: times of others over attnfast's. `eager` is the formula in torch, `compile` the same under "
+    "`torch.compile`."
+)
+_TOPK = (
+    "The k = 32 best of N slots (`topk_scores`): times of others over attnfast's. `eager` is `torch.topk` of the "
+    "matrix product, `faiss` FAISS's exhaustive index at its fastest setting, `faiss-stock` as it comes."
+)
+
+
+def _eager_lines(rows: list[Row], heading: str, case_column: str) -> list[str]:
+    """Functions that torch does not have: ratios over every peer."""
     if not rows:
         return []
     peers = [name for name in _peers(rows) if name != OURS]
     lines = [
-        "Additive attention: times of others over attnfast's. `eager` is the formula in torch, `compile` the same "
-        f"under `torch.compile`. Commit {rows[0].commit or 'unknown'}, {rows[0].date}.",
+        f"{heading} Commit {rows[0].commit or 'unknown'}, {rows[0].date}.",
         "",
-        f"| B,T_q x T_k,D | pass | threads | attnfast | {' | '.join(peers)} | extra MiB: ours / eager |",
+        f"| {case_column} | pass | threads | attnfast | {' | '.join(peers)} | extra MiB: ours / eager |",
         f"|---|---|---|---|{'---|' * len(peers)}---|",
     ]
     for (_, case, which, threads), group in grouped(rows).items():

@@ -228,6 +228,7 @@ def test_required_cases_are_there() -> None:
     assert registry.suites() == (
         "dot",
         "additive",
+        "topk",
         "threads",
         "masks",
         "accuracy",
@@ -236,10 +237,29 @@ def test_required_cases_are_there() -> None:
         "scaling",
         "model",
     )
-    assert registry.default_suites() == ("dot", "additive", "threads", "masks", "overhead", "model")
+    assert registry.default_suites() == ("dot", "additive", "topk", "threads", "masks", "overhead", "model")
     assert all(registry.cases(name) for name in registry.suites() if name != "model")
     cells = {(case.query_tokens, case.head_size) for case in registry.cases("sweep")}
     assert cells == {(2**i, size) for i in range(13) for size in range(16, 257, 8)}
+
+
+@pytest.mark.parametrize("case", registry.cases("topk"), ids=lambda case: case.name)
+def test_topk_peers_agree_with_the_oracle(case: Any) -> None:
+    small = case.small()
+    inputs = small.inputs()
+    oracle = small.oracle(inputs)
+    agreed = []
+    for peer in registry.peers(small):
+        try:
+            workload = peer.build(small, inputs)
+        except registry.Unsupported as reason:
+            assert peer.name.startswith("faiss") and str(reason)
+            continue
+        found = measure.errors(small, peer, workload, inputs, oracle)
+        limit = 2e-2 if small.dtype == torch.bfloat16 else 1e-5
+        assert all(error is None or error < limit for error in found), (peer.name, found)
+        agreed.append(peer.name)
+    assert agreed[:2] == ["attnfast", "eager"]
 
 
 def test_names_are_unique() -> None:
@@ -726,6 +746,10 @@ def test_markdown_table_holds_ratios_by_pass_and_thread() -> None:
     assert "| B,T_q x T_k,D | pass | threads | attnfast | eager | compile | extra MiB: ours / eager |" in text
     assert "| 8,64x64,256 | forward | 1 | 2 ms | 30.00x | **0.50x (slower)** | 1.0 / 64.0 |" in text
     assert "| additive: 8,64x64,256" not in text
+    rows += [_row(suite="topk", case="32x1M,128"), _row("faiss", suite="topk", case="32x1M,128", ratio=1.5)]
+    text = report.markdown_table(rows)
+    assert "| B x N,D | pass | threads | attnfast | faiss | extra MiB: ours / eager |" in text
+    assert "| 32x1M,128 | forward | 1 | 2 ms | 1.50x |" in text
 
 
 def test_write_readme_replaces_only_what_is_between_the_markers(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--suite",
         action="append",
         metavar="NAME",
-        help="dot, additive, threads, masks, overhead, model, accuracy (minutes), sweep (T by D, ten minutes) or "
+        help="dot, additive, topk, threads, masks, overhead, model, accuracy (minutes), sweep (T by D, ten minutes) or "
         "scaling (time and memory by T, minutes); repeatable (default: all but the last three)",
     )
     parser.add_argument("--case", default="", metavar="TEXT", help="only cases whose name contains TEXT")

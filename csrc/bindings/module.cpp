@@ -101,6 +101,8 @@ PyMethodDef g_op_functions[] = {op_function<dot_attention_fwd>("dot_attention_fw
                                 op_function<additive_attention_fwd>("additive_attention_fwd"),
                                 op_function<additive_attention_bwd>("additive_attention_bwd"),
                                 op_function<additive_attention_decode_obstacle>("additive_attention_decode_obstacle"),
+                                op_function<topk_scores_fwd>("topk_scores_fwd"),
+                                op_function<topk_scores_bwd>("topk_scores_bwd"),
                                 op_function<ordinary_call>("ordinary_call"),
                                 op_function<ordinary_gradient>("ordinary_gradient"),
                                 {nullptr, nullptr, 0, nullptr}};

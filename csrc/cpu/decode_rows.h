@@ -11,22 +11,6 @@ namespace {
 // cost up to a third of the speed.
 constexpr int64_t kDecodeChunk = 512;
 
-// Lane i of the result is the sum of the lanes of r[i]: each step adds pairs of rows while it interleaves them, which
-// takes half the shuffles of a transpose.
-template <int S, class R>
-ATTNFAST_INLINE Vec<R> sum_of_rows(Vec<R>* r) {
-  constexpr int N = kLanes<R>;
-  if constexpr (S == N) {
-    return r[0];
-  } else {
-    ATTNFAST_UNROLL for (int i = 0; i < N; i += 2 * S) {
-      exchange<S, R>(r[i], r[i + S], std::make_integer_sequence<int, N>());
-      r[i] += r[i + S];
-    }
-    return sum_of_rows<S * 2, R>(r);
-  }
-}
-
 // Base-2 addends of n <= kDecodeChunk keys of the query at position 0, -inf where masked; false if the call has none.
 // Both arrays hold whole vectors; what is added past the last key is 0. Each addend is rounded before it is added, as
 // in tiles.

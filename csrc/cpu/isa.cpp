@@ -19,6 +19,8 @@ namespace attnfast {
   const char* additive_attention_decode_obstacle(const AdditiveAttentionParams&); \
   double yardstick_fma(int64_t steps);                                            \
   uint64_t yardstick_read(const void* data, int64_t bytes);                       \
+  void topk_scores_fwd(const TopkParams&);                                        \
+  void topk_scores_bwd(const TopkGradientParams&);                                \
   }
 
 ATTNFAST_DECLARE(baseline)
@@ -40,6 +42,8 @@ namespace {
    isa::additive_attention_fwd,                \
    isa::additive_attention_bwd,                \
    isa::additive_attention_decode_obstacle,    \
+   isa::topk_scores_fwd,                       \
+   isa::topk_scores_bwd,                       \
    isa::yardstick_fma,                         \
    isa::yardstick_read}
 

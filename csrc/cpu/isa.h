@@ -19,6 +19,8 @@ struct KernelTable {
   void (*additive_attention_fwd)(const AdditiveAttentionParams&);
   void (*additive_attention_bwd)(const AdditiveAttentionParams&);
   const char* (*additive_attention_decode_obstacle)(const AdditiveAttentionParams&);
+  void (*topk_scores_fwd)(const TopkParams&);
+  void (*topk_scores_bwd)(const TopkGradientParams&);
   double (*yardstick_fma)(int64_t steps);
   uint64_t (*yardstick_read)(const void* data, int64_t bytes);
 };

@@ -135,6 +135,90 @@ ATTNFAST_INLINE uint64_t minus_infinity_bits(Vec<R> x) {
   for (int i = 0; i < kLanes<R>; i++) bits |= uint64_t(x[i] == -infinity<R>()) << i;
   return bits;
 }
+// x where it is larger, else y; y too where either is NaN.
+template <class R>
+ATTNFAST_INLINE Vec<R> larger(Vec<R> x, Vec<R> y) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<R, double>)
+    return (Vec<R>)_mm512_max_pd((__m512d)x, (__m512d)y);
+  else
+    return (Vec<R>)_mm512_max_ps((__m512)x, (__m512)y);
+#else
+  return x > y ? x : y;
+#endif
+}
+ATTNFAST_INLINE VecF square_root(VecF x) {
+#if defined(__AVX512F__)
+  return (VecF)_mm512_sqrt_ps((__m512)x);
+#else
+  for (int i = 0; i < kLanes<float>; i++) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+#endif
+}
+// Bit i is set where lane i of a comparison's result is.
+template <class I>
+ATTNFAST_INLINE uint64_t lane_bits(Vec<I> x) {
+#if defined(__AVX512DQ__)
+  if constexpr (sizeof(I) == 8)
+    return _mm512_movepi64_mask((__m512i)x);
+  else
+    return _mm512_movepi32_mask((__m512i)x);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(I) == 8)
+    return uint64_t(_mm256_movemask_pd((__m256d)x));
+  else
+    return uint64_t(_mm256_movemask_ps((__m256)x));
+#else
+  uint64_t bits = 0;
+  for (int i = 0; i < kLanes<I>; i++) bits |= uint64_t(x[i] != 0) << i;
+  return bits;
+#endif
+}
+// Bit i is set unless x <= y in lane i: where x is larger or either is NaN.
+template <class R>
+ATTNFAST_INLINE uint64_t not_at_most_bits(Vec<R> x, Vec<R> y) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(R) == 8)
+    return _mm512_cmp_pd_mask((__m512d)x, (__m512d)y, _CMP_NLE_UQ);
+  else
+    return _mm512_cmp_ps_mask((__m512)x, (__m512)y, _CMP_NLE_UQ);
+#else
+  return lane_bits<MaskInt<R>>(~(x <= y));
+#endif
+}
+// Whether that holds anywhere in M rows against one row of N vectors.
+template <class R, int M, int N>
+ATTNFAST_INLINE bool any_not_at_most(const Vec<R> (&x)[M][N], const Vec<R> (&y)[N]) {
+#if defined(__AVX512F__)
+  unsigned any = 0;
+  ATTNFAST_UNROLL for (int i = 0; i < M; i++) ATTNFAST_UNROLL for (int j = 0; j < N; j++) any |=
+      unsigned(not_at_most_bits<R>(x[i][j], y[j]));
+  return any != 0;
+#else
+  Vec<MaskInt<R>> all = ~Vec<MaskInt<R>>{};
+  ATTNFAST_UNROLL for (int i = 0; i < M; i++) ATTNFAST_UNROLL for (int j = 0; j < N; j++) all &= x[i][j] <= y[j];
+  return lane_bits<MaskInt<R>>(~all) != 0;
+#endif
+}
+// The lanes whose bit is set, one after the other from p on; returns their number. All kLanes<I> elements from p on may
+// be overwritten.
+template <class I>
+ATTNFAST_INLINE int compress_store(I* p, uint64_t bits, Vec<I> x) {
+#if defined(__AVX512F__)
+  // Packed in a register: compressing into memory is microcode on some processors.
+  if constexpr (sizeof(I) == 8)
+    store(p, (Vec<I>)_mm512_maskz_compress_epi64(__mmask8(bits), (__m512i)x));
+  else
+    store(p, (Vec<I>)_mm512_maskz_compress_epi32(__mmask16(bits), (__m512i)x));
+  return __builtin_popcountll(bits);
+#else
+  alignas(64) I lane[kLanes<I>];
+  store(lane, x);
+  int count = 0;
+  for (; bits != 0; bits &= bits - 1) p[count++] = lane[__builtin_ctzll(bits)];
+  return count;
+#endif
+}
 // Bit i is set where byte i of 64 is not zero.
 ATTNFAST_INLINE uint64_t nonzero_byte_bits(const uint8_t* p) {
 #if defined(__AVX512BW__)
@@ -566,6 +650,22 @@ ATTNFAST_INLINE void transpose_step(Vec<R>* r) {
 template <class R>
 ATTNFAST_INLINE void transpose(Vec<R>* r) {
   transpose_step<1, R>(r);
+}
+
+// Lane i of the result is the sum of the lanes of r[i]: each step adds pairs of rows while it interleaves them, which
+// takes half the shuffles of a transpose.
+template <int S, class R>
+ATTNFAST_INLINE Vec<R> sum_of_rows(Vec<R>* r) {
+  constexpr int N = kLanes<R>;
+  if constexpr (S == N) {
+    return r[0];
+  } else {
+    ATTNFAST_UNROLL for (int i = 0; i < N; i += 2 * S) {
+      exchange<S, R>(r[i], r[i + S], std::make_integer_sequence<int, N>());
+      r[i] += r[i + S];
+    }
+    return sum_of_rows<S * 2, R>(r);
+  }
 }
 
 }  // namespace

@@ -14,6 +14,7 @@
 #include "cpu/parallel.h"
 #include "oracle.h"
 #include "problem.h"
+#include "topk.h"
 
 namespace attnfast::native {
 namespace {
@@ -264,6 +265,11 @@ int run_one_query(const KernelTable& kernels) {
 int run_cases(const KernelTable& kernels, int64_t first, int64_t cases, const char* note) {
   int failures = 0;
   for (int64_t number = first; number < first + cases; ++number) {
+    const std::string wrong = check_topk(kernels, number, g_threads, [](int threads) { t_pool_threads = threads; });
+    if (!wrong.empty()) {
+      std::printf("FAILED %s case %lld%s: %s\n", kernels.name, static_cast<long long>(number), note, wrong.c_str());
+      ++failures;
+    }
     const Problem problem = make_problem(number);
     const std::string error = check(kernels, problem);
     if (error.empty()) continue;
