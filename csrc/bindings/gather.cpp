@@ -96,6 +96,7 @@ void differentiate_values(GatherCall& call, const TensorView& grad_values, PyObj
     set_result(sums, p.values_dtype, {{"slots that occur", different}, {"D_v", p.value_size}}, &p.grad_values);
     p.grad_rows = static_cast<int64_t*>(numbers);
   }
+  if (p.grad_values == nullptr) p.grad_values = &different;  // no columns: there is nothing to write, but rows to name
   // Doubles, so that either type fits. Only what chunks cut is ever touched.
   const std::unique_ptr<double[]> partial_sums(new double[static_cast<size_t>(2 * chunks * p.value_size)]);
   p.partial_sums = partial_sums.get();
