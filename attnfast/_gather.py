@@ -227,7 +227,7 @@ def product_key_read(
         )
         best += [scores, indices]
     slots, row_ranks, column_ranks = _gather_autograd.product_keys(*best, n, k)
-    weights = (best[0].gather(-1, row_ranks) + best[2].gather(-1, column_ranks)).softmax(-1)
+    weights = _softmax(best[0].gather(-1, row_ranks) + best[2].gather(-1, column_ranks))
     slots, weights = slots.reshape(rows, heads * k), weights.reshape(rows, heads * k)
     output = _gather_autograd.weighted_gather(slots, weights, values.resolve_neg(), scales, sparse_grad)
     output = output.reshape(*leading, values.shape[1]).to(query.dtype if values.dtype == torch.int8 else values.dtype)
@@ -235,6 +235,13 @@ def product_key_read(
         return output
     shape = (*leading, heads, k)
     return ProductKeyReadOutput(output, slots.reshape(shape), weights.reshape(shape))
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """Over the last dimension, which is in descending order. The last bits of the backward of ``torch.softmax`` depend on
+    the number of threads."""
+    powers = (scores - scores[..., :1].detach()).exp()
+    return powers / powers.sum(-1, keepdim=True)
 
 
 def _check_product_shapes(query: Tensor, row_keys: Tensor, column_keys: Tensor, values: Tensor) -> None:

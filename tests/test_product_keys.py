@@ -222,7 +222,8 @@ def test_no_bit_depends_on_the_number_of_threads(isa: str, dtype: torch.dtype) -
             torch.set_num_threads(threads)
             results.append(gradients(attnfast.product_key_read, tuple(tensors), k, probe, sparse_grad=True))
         for other in results[1:]:
-            assert all(torch.equal(x.to_dense(), y.to_dense()) for x, y in zip(other, results[0], strict=True))
+            for name, x, y in zip(("out", "query", "rows", "columns", "values"), other, results[0], strict=True):
+                assert torch.equal(x.to_dense(), y.to_dense()), (shape, name)
 
 
 def test_only_what_wants_a_gradient_gets_one() -> None:
