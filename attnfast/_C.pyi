@@ -7,6 +7,7 @@ to tensors that the caller made. ``None`` means absent. Arguments are positional
 ValueError that names it; no call reads or writes out of bounds.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -312,6 +313,56 @@ def topk_scores_bwd(
       elements.
     - ``grad_query`` contiguous ``[B, D]`` in the query's dtype; ``grad_keys`` contiguous ``[N, D]`` in the keys' dtype,
       zero-filled, together with ``order``, int64 ``[B * k]``: the positions of ``indices`` sorted by slot, stable.
+    """
+
+def weighted_gather_fwd(
+    indices: Tensor, weights: Tensor, values: Tensor, scales: Tensor | None, out: Tensor, /
+) -> None:
+    """Write ``out[b] = sum_j weights[b, j] * values[indices[b, j]]``.
+
+    - ``indices`` int64 ``[B, K]``, slots or -1 for none; ``weights`` Real (float64 for float64 values, else float32)
+      ``[B, K]``; both contiguous.
+    - ``values`` ``[N, D_v]`` floating or int8, any strides; ``scales`` float32, contiguous ``[N]``, exactly with int8.
+    - ``out`` Real or a half type, contiguous ``[B, D_v]``.
+    """
+
+def weighted_gather_bwd(
+    grad_out: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    values: Tensor,
+    scales: Tensor | None,
+    grad_weights: Tensor | None,
+    grad_values: Tensor | None,
+    allocate: Callable[[int], tuple[Tensor, Tensor]] | None,
+    /,
+) -> None:
+    """Write the gradients that are wanted; the first arguments are those of the forward call.
+
+    - ``grad_out`` Real, contiguous ``[B, D_v]``; ``grad_weights`` Real, contiguous ``[B, K]``.
+    - ``grad_values``: the dense gradient in the dtype of ``values``, contiguous and zero-filled ``[N, D_v]``.
+    - ``allocate`` asks for the sparse one instead: it is called once, with the number U of slots that occur, and
+      returns int64 ``[U]``, which gets these slots ascending, and ``[U, D_v]`` in the dtype of ``values``, both contiguous.
+    """
+
+def product_keys(
+    row_scores: Tensor,
+    row_indices: Tensor,
+    column_scores: Tensor,
+    column_indices: Tensor,
+    side: int,
+    slots: Tensor,
+    row_ranks: Tensor,
+    column_ranks: Tensor,
+    /,
+) -> None:
+    """Write the k largest sums of a row score and a column score of each query, by their slots and ranks.
+
+    - Scores float32 or float64 ``[B, candidates]``, descending; indices int64 of the same shape; ``side`` n: a slot is
+      row index times n plus column index.
+    - ``slots``, ``row_ranks``, ``column_ranks`` int64 ``[B, k]``, k at most the square of ``candidates``, written by
+      falling exact sum, equal sums by rising slot.
+    - Everything contiguous.
     """
 
 def set_isa(name: str) -> str:

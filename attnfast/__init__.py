@@ -8,6 +8,7 @@ torch.Size([2, 8, 128, 64])
 
 from attnfast import nn, reference, viz
 from attnfast._ext import _C as _binary
+from attnfast._gather import ProductKeyReadOutput, product_key_read, weighted_gather
 from attnfast._memory import topk_scores
 from attnfast.explain import explain
 from attnfast.functional import (
@@ -26,6 +27,7 @@ available_isas, get_isa, set_isa = _binary.available_isas, _binary.get_isa, _bin
 
 __all__ = [
     "AttentionOutput",
+    "ProductKeyReadOutput",
     "SampledAttentionOutput",
     "__version__",
     "additive_attention",
@@ -34,10 +36,12 @@ __all__ = [
     "explain",
     "get_isa",
     "nn",
+    "product_key_read",
     "reference",
     "scaled_dot_product_attention",
     "set_isa",
     "topk_scores",
     "varlen_attention",
     "viz",
+    "weighted_gather",
 ]

@@ -29,6 +29,9 @@ from attnfast._reference_core import (
     real_dtype,
     unit_vectors,
 )
+from attnfast._reference_gather import ProductKeyReadOutput as ProductKeyReadOutput
+from attnfast._reference_gather import product_key_read as product_key_read
+from attnfast._reference_gather import weighted_gather as weighted_gather
 from attnfast._reference_memory import topk_scores as topk_scores
 
 WEIGHTS_MODES = {False: 0, True: 1, "full": 1, "column_sum": 2, "row_max": 3}

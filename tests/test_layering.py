@@ -96,19 +96,23 @@ LAYERS = {
     "reference": 0,
     "_reference_core": 0,
     "_reference_normalizers": 0,
+    "_reference_gather": 0,
     "_reference_memory": 0,
     "_options": 0,
     "ops": 1,
     "_additive_ops": 1,
+    "_gather_ops": 1,
     "_memory_ops": 1,
     "autograd": 2,
     "_additive_autograd": 2,
+    "_gather_autograd": 2,
     "_memory_autograd": 2,
     "_operator_autograd": 2,
     "_second_order": 2,
     "_vmap": 2,
     "functional": 3,
     "_additive": 3,
+    "_gather": 3,
     "_local": 3,
     "_memory": 3,
     "_normalized": 3,
@@ -128,8 +132,15 @@ LAYERS = {
     "__main__": 9,
 }
 # The specification stands alone; the binary is reached by ops, and by what reports on it or chooses its variant.
-REFERENCE = {"reference", "_reference_core", "_reference_normalizers", "_reference_memory", "_options"}
-MAY_USE_BINARY = {"ops", "_additive_ops", "_memory_ops", "explain", "__init__", "cli", "benchmarks"}
+REFERENCE = {
+    "reference",
+    "_reference_core",
+    "_reference_normalizers",
+    "_reference_gather",
+    "_reference_memory",
+    "_options",
+}
+MAY_USE_BINARY = {"ops", "_additive_ops", "_gather_ops", "_memory_ops", "explain", "__init__", "cli", "benchmarks"}
 
 
 def python_files() -> dict[str, list[Path]]:

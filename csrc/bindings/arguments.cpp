@@ -41,7 +41,7 @@ void check_dtype(const TensorView& view, DType expected) {
                        dtype_name(view.dtype));
 }
 
-bool is_floating(DType dtype) { return dtype != DType::kBool && dtype != DType::kInt64; }
+bool is_floating(DType dtype) { return dtype != DType::kBool && dtype != DType::kInt64 && dtype != DType::kInt8; }
 
 void check_floating(const TensorView& view) {
   if (is_floating(view.dtype)) return;

@@ -95,7 +95,7 @@ struct TensorView {
 };
 
 inline const char* dtype_name(DType dtype) {
-  constexpr const char* kNames[] = {"float64", "float32", "bfloat16", "float16", "bool", "int64"};
+  constexpr const char* kNames[] = {"float64", "float32", "bfloat16", "float16", "bool", "int64", "int8"};
   return kNames[static_cast<int>(dtype)];
 }
 
@@ -143,6 +143,9 @@ inline bool read_dtype(dlpack::DataType type, DType* out) {
     case dlpack::kInt << 8 | 64:
       *out = DType::kInt64;
       return true;
+    case dlpack::kInt << 8 | 8:
+      *out = DType::kInt8;
+      return true;
     default:
       return false;
   }
@@ -170,8 +173,8 @@ inline TensorView read_tensor(const dlpack::ExchangeApi* api, PyObject* object, 
   view.size = tensor.shape;
   view.stride = tensor.strides;
   if (!read_dtype(tensor.dtype, &view.dtype)) {
-    throw pybind11::type_error(std::string(name) + ": expected dtype float64, float32, bfloat16, float16, bool or " +
-                               "int64, got DLPack type code " + std::to_string(tensor.dtype.code) + " with " +
+    throw pybind11::type_error(std::string(name) + ": expected dtype float64, float32, bfloat16, float16, bool, " +
+                               "int64 or int8, got DLPack type code " + std::to_string(tensor.dtype.code) + " with " +
                                std::to_string(tensor.dtype.bits) + " bits");
   }
   if (tensor.data == nullptr && view.numel() > 0) {

@@ -6,7 +6,7 @@
 
 namespace attnfast {
 
-enum class DType : int32_t { kFloat64, kFloat32, kBFloat16, kFloat16, kBool, kInt64 };
+enum class DType : int32_t { kFloat64, kFloat32, kBFloat16, kFloat16, kBool, kInt64, kInt8 };
 
 // How row q and column k line up when T_q != T_k.
 enum class Causal : int32_t { kNone = 0, kTopLeft = 1, kBottomRight = 2 };

@@ -21,6 +21,10 @@ namespace attnfast {
   uint64_t yardstick_read(const void* data, int64_t bytes);                       \
   void topk_scores_fwd(const TopkParams&);                                        \
   void topk_scores_bwd(const TopkGradientParams&);                                \
+  void weighted_gather_fwd(const WeightedGatherParams&);                          \
+  int64_t weighted_gather_sort(const WeightedGatherParams&);                      \
+  void weighted_gather_bwd(const WeightedGatherParams&);                          \
+  void product_keys(const ProductKeysParams&);                                    \
   }
 
 ATTNFAST_DECLARE(baseline)
@@ -44,6 +48,10 @@ namespace {
    isa::additive_attention_decode_obstacle,    \
    isa::topk_scores_fwd,                       \
    isa::topk_scores_bwd,                       \
+   isa::weighted_gather_fwd,                   \
+   isa::weighted_gather_sort,                  \
+   isa::weighted_gather_bwd,                   \
+   isa::product_keys,                          \
    isa::yardstick_fma,                         \
    isa::yardstick_read}
 

@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/gather_params.h"
 #include "core/params.h"
 
 namespace attnfast {
@@ -21,6 +22,10 @@ struct KernelTable {
   const char* (*additive_attention_decode_obstacle)(const AdditiveAttentionParams&);
   void (*topk_scores_fwd)(const TopkParams&);
   void (*topk_scores_bwd)(const TopkGradientParams&);
+  void (*weighted_gather_fwd)(const WeightedGatherParams&);
+  int64_t (*weighted_gather_sort)(const WeightedGatherParams&);
+  void (*weighted_gather_bwd)(const WeightedGatherParams&);
+  void (*product_keys)(const ProductKeysParams&);
   double (*yardstick_fma)(int64_t steps);
   uint64_t (*yardstick_read)(const void* data, int64_t bytes);
 };

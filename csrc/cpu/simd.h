@@ -66,6 +66,7 @@ typedef uint16_t HalfBits __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint16_t HalfBitsUnaligned __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
 typedef uint8_t ByteVec __attribute__((vector_size(kVectorBytes / 4)));
 typedef uint8_t ByteVecUnaligned __attribute__((vector_size(kVectorBytes / 4), aligned(1), may_alias));
+typedef int8_t SignedByteVecUnaligned __attribute__((vector_size(kVectorBytes / 4), aligned(1), may_alias));
 using U32 = Vec<uint32_t>;
 using I32 = Vec<int32_t>;
 using VecF = Vec<float>;
@@ -282,6 +283,11 @@ ATTNFAST_INLINE Vec<float> load_as(const bool* p) {  // 1 or 0
   ByteVec b = *reinterpret_cast<const ByteVecUnaligned*>(p);
   return __builtin_convertvector(__builtin_convertvector(b, I32), VecF);
 }
+template <class R>
+ATTNFAST_INLINE Vec<float> load_as(const int8_t* p) {
+  return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const SignedByteVecUnaligned*>(p), I32),
+                                 VecF);
+}
 
 // The first `count` elements, widened, and zeros in the lanes above; nothing past them is read. 0 < count < kLanes<R>.
 template <class R, class T>
@@ -292,7 +298,7 @@ ATTNFAST_INLINE Vec<R> load_partial(const T* p, int count) {
     return (Vec<double>)_mm512_maskz_loadu_pd(__mmask8(mask), p);
   } else if constexpr (std::is_same_v<T, float>) {
     return (VecF)_mm512_maskz_loadu_ps(__mmask16(mask), p);
-  } else if constexpr (std::is_same_v<T, bool>) {
+  } else if constexpr (sizeof(T) == 1) {  // bool, int8_t
     alignas(16) T part[kLanes<R>];
     _mm_store_si128(reinterpret_cast<__m128i*>(part), _mm_maskz_loadu_epi8(__mmask16(mask), p));
     return load_as<R>(static_cast<const T*>(part));
@@ -343,6 +349,40 @@ ATTNFAST_INLINE void store_as(Float16* p, VecF v) {
   r = a >= 0x477ff000u ? U32{} + 0x7c00u : r;  // 65520 and above round to infinity
   r = a > 0x7f800000u ? U32{} + 0x7e00u : r;
   *reinterpret_cast<HalfBitsUnaligned*>(p) = __builtin_convertvector(r | sign, HalfBits);
+#endif
+}
+
+// Bit i is set where the lanes i are equal.
+template <class R>
+ATTNFAST_INLINE uint64_t equal_bits(Vec<R> a, Vec<R> b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(R) == 8)
+    return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_EQ_OQ);
+  else
+    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_EQ_OQ);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(R) == 8)
+    return uint64_t(_mm256_movemask_pd((__m256d)(a == b)));
+  else
+    return uint64_t(_mm256_movemask_ps((__m256)(a == b)));
+#else
+  uint64_t bits = 0;
+  for (int i = 0; i < kLanes<R>; i++) bits |= uint64_t(a[i] == b[i]) << i;
+  return bits;
+#endif
+}
+// The largest lane. No lane may be NaN.
+template <class R>
+ATTNFAST_INLINE R max_lanes(Vec<R> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(R) == 8)
+    return _mm512_reduce_max_pd((__m512d)v);
+  else
+    return _mm512_reduce_max_ps((__m512)v);
+#else
+  R top = v[0];
+  for (int i = 1; i < kLanes<R>; i++) top = v[i] > top ? R(v[i]) : top;
+  return top;
 #endif
 }
 
