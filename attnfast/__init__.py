@@ -6,8 +6,10 @@
 torch.Size([2, 8, 128, 64])
 """
 
-from attnfast import nn, reference, viz
+from attnfast import memory, nn, reference, viz
 from attnfast._ext import _C as _binary
+from attnfast._memory_hops import MemoryReadOutput
+from attnfast._memory_read import memory_read
 from attnfast.explain import explain
 from attnfast.functional import (
     AttentionOutput,
@@ -25,6 +27,7 @@ available_isas, get_isa, set_isa = _binary.available_isas, _binary.get_isa, _bin
 
 __all__ = [
     "AttentionOutput",
+    "MemoryReadOutput",
     "SampledAttentionOutput",
     "__version__",
     "additive_attention",
@@ -32,6 +35,8 @@ __all__ = [
     "available_isas",
     "explain",
     "get_isa",
+    "memory",
+    "memory_read",
     "nn",
     "reference",
     "scaled_dot_product_attention",

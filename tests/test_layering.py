@@ -106,6 +106,8 @@ LAYERS = {
     "_vmap": 2,
     "functional": 3,
     "_additive": 3,
+    "_memory_hops": 3,
+    "_memory_read": 3,
     "_normalized": 3,
     "_row_blocks": 3,
     "_prepare": 3,
