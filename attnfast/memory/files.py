@@ -4,17 +4,19 @@
     tensors   keys [N, D], values [N, D_v], with int8 key_scale [N] and value_scale [N]; valid, usage, read_weight,
               written, last_used [N]; clock []
 
-A file is written under another name in the same folder, brought to the disk, renamed, and the folder brought to the
-disk: at every moment the name leads to a whole file. The other name is locked while it is written, so a later save can
-tell the remains of a killed process from the work of a living one, and removes them.
+A file is written in a folder of its own beside its place, brought to the disk, renamed, and the folder around it
+brought to the disk: at every moment the name leads to a whole file. The folder is locked while it is in use, so a later
+save can tell the remains of a killed process from the work of a living one, and removes them.
 """
 
 from __future__ import annotations
 
 import fcntl
+import glob
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -137,49 +139,56 @@ def replace_file(path: str | os.PathLike[str], write_to: Callable[[str], None]) 
     """Let `write_to` fill a file, then put it in the place of `path` in one step that survives a power cut."""
     target = Path(os.path.realpath(path))  # of a link, the file it leads to is replaced
     _remove_remains(target)
-    temporary, descriptor = _create_locked(target)
+    # A folder of its own: safetensors writes under names that it makes up, and leaves those behind when it is killed.
+    folder, lock = _create_locked(target)
     try:
-        write_to(str(temporary))
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        written = folder / target.name
+        descriptor = os.open(written, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        mode = os.fstat(descriptor).st_mode & 0o777  # what an ordinary file gets here
+        os.close(descriptor)
+        write_to(str(written))
+        os.chmod(written, mode)
+        _to_disk(written)
+        os.replace(written, target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+    _to_disk(target.parent)
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _create_locked(target: Path) -> tuple[Path, int]:
+    """A new folder beside `target`, locked while the descriptor is open."""
     while True:
-        temporary = target.parent / f".{target.name}.{secrets.token_hex(8)}.tmp"
-        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        folder = target.parent / f".{target.name}.{secrets.token_hex(8)}.tmp"
+        folder.mkdir()
+        try:
+            descriptor = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:
+            continue  # taken for remains before it was locked
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if os.fstat(descriptor).st_nlink:
-            return temporary, descriptor
-        os.close(descriptor)  # taken for remains before it was locked
+        if folder.exists():
+            return folder, descriptor
+        os.close(descriptor)
 
 
 def _remove_remains(target: Path) -> None:
-    for remains in target.parent.glob(f".{_literal(target.name)}.????????????????.tmp"):
+    for remains in target.parent.glob(f".{glob.escape(target.name)}.????????????????.tmp"):
         try:
-            descriptor = os.open(remains, os.O_RDWR)
+            descriptor = os.open(remains, os.O_RDONLY | os.O_DIRECTORY)
         except OSError:
-            continue  # gone, or not ours to open
+            continue  # gone, or not ours
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            remains.unlink(missing_ok=True)
+            shutil.rmtree(remains, ignore_errors=True)
         except BlockingIOError:
-            pass  # somebody is writing it
+            pass  # somebody is writing there
         finally:
             os.close(descriptor)
-
-
-def _literal(name: str) -> str:
-    """A file name as a pattern that matches nothing else."""
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
