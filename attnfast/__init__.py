@@ -8,7 +8,6 @@ torch.Size([2, 8, 128, 64])
 
 from attnfast import memory, nn, reference, viz
 from attnfast._ext import _C as _binary
-from attnfast._memory_hops import MemoryReadOutput
 from attnfast._memory_read import memory_read
 from attnfast.explain import explain
 from attnfast.functional import (
@@ -19,6 +18,7 @@ from attnfast.functional import (
     scaled_dot_product_attention,
     varlen_attention,
 )
+from attnfast.reference import MemoryReadOutput
 
 __version__ = "0.1.0"
 

@@ -24,30 +24,6 @@ from attnfast.functional import attention, varlen_attention
 _BLOCK = 1 << 20  # elements of a table that are prepared at a time
 
 
-class MemoryReadOutput(NamedTuple):
-    """What a memory read returns when more than the output is asked for.
-
-    Attributes
-    ----------
-    output : Tensor
-        ``[..., D_v]``.
-    indices : Tensor or None
-        int64 slots of the last hop, ``[..., K]`` in the order of their scores, -1 where there was nothing left to pick;
-        of a read over candidate lists without `topk`, the visible candidates one after another ``[nnz]``; None for a
-        read over all slots.
-    weights : Tensor or None
-        The weights of the last hop, in the shape of `indices`; ``[..., N]`` for a read over all slots.
-    usage : Tensor
-        ``[N]`` over all queries and hops: how often each slot was picked (int64, top-k reads), or the sum of the
-        weights it got.
-    """
-
-    output: Tensor
-    indices: Tensor | None
-    weights: Tensor | None
-    usage: Tensor
-
-
 class Tables(NamedTuple):
     """Keys ``[N, D]`` and values ``[N, D_v]``; scales ``[N]`` where they are int8 codes."""
 
@@ -87,9 +63,17 @@ def topk_scores(query: Tensor, keys: Tensor, k: int, scale: float, mask: Tensor 
     """Scores and slots ``[B, k]`` of the k largest ``scale * query . key``, ties to the lowest slot, NaN first; where
     fewer than k are visible, -inf and -1.
     """
-    scores = (query.to(real_dtype(query.dtype)) * scale) @ keys.to(real_dtype(query.dtype)).T
-    visible = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask.expand(scores.shape)
-    return _largest(scores, torch.arange(keys.shape[0], device=keys.device).expand(scores.shape), visible, k)
+    real = real_dtype(query.dtype)
+    with torch.no_grad():
+        scores = (query.to(real) * scale) @ keys.to(real).T
+        visible = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask.expand(scores.shape)
+        slots = torch.arange(keys.shape[0], device=keys.device).expand(scores.shape)
+        scores, indices = _largest(scores, slots, visible, k)
+    if torch.is_grad_enabled() and (query.requires_grad or keys.requires_grad):
+        missing = indices < 0
+        rows = keys[indices.clamp_min(0)].to(real).masked_fill(missing.unsqueeze(-1), 0.0)
+        scores = (scale * (query.to(real).unsqueeze(-2) * rows).sum(-1)).masked_fill(missing, -torch.inf)
+    return scores, indices
 
 
 def weighted_gather(indices: Tensor, weights: Tensor, values: Tensor) -> Tensor:

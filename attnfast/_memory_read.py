@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from attnfast import _validate as check
-from attnfast._memory_hops import Lists, MemoryReadOutput, Picked, Plan, Tables, count_usage, read_tables
+from attnfast._memory_hops import Lists, Picked, Plan, Tables, count_usage, read_tables
+from attnfast.reference import MemoryReadOutput
 
 SCORES = ("dot", "cosine", "l2")
 NORMALIZERS = ("softmax", "sparsemax", "entmax15", "sigmoid", "none", "hard")

@@ -28,6 +28,8 @@ from attnfast._reference_core import (
     real_dtype,
     unit_vectors,
 )
+from attnfast._reference_memory_read import MemoryReadOutput as MemoryReadOutput
+from attnfast._reference_memory_read import memory_read as memory_read
 
 WEIGHTS_MODES = {False: 0, True: 1, "full": 1, "column_sum": 2, "row_max": 3}
 

@@ -96,6 +96,7 @@ LAYERS = {
     "reference": 0,
     "_reference_core": 0,
     "_reference_normalizers": 0,
+    "_reference_memory_read": 0,
     "_options": 0,
     "ops": 1,
     "_additive_ops": 1,
@@ -125,7 +126,7 @@ LAYERS = {
     "__main__": 9,
 }
 # The specification stands alone; the binary is reached by ops, and by what reports on it or chooses its variant.
-REFERENCE = {"reference", "_reference_core", "_reference_normalizers", "_options"}
+REFERENCE = {"reference", "_reference_core", "_reference_normalizers", "_reference_memory_read", "_options"}
 MAY_USE_BINARY = {"ops", "_additive_ops", "explain", "__init__", "cli", "benchmarks"}
 
 

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from attnfast import _validate as check
-from attnfast._memory_hops import MemoryReadOutput, Plan, Tables, select
+from attnfast._memory_hops import Plan, Tables, select
 from attnfast._memory_read import SCORES, check_query, whole
 from attnfast.memory.clusters import kmeans
 from attnfast.memory.policies import SlotLog
 from attnfast.memory.store import MemoryStore
+from attnfast.reference import MemoryReadOutput
 
 Words = Sequence[Iterable[int]] | tuple[Tensor, Tensor]
 

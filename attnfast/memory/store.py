@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from attnfast import _validate as check
-from attnfast._memory_hops import MemoryReadOutput, Picked, Tables, count_usage, read_tables
+from attnfast._memory_hops import Picked, Tables, count_usage, read_tables
 from attnfast._memory_read import check_query, make_lists, make_plan, shaped
 from attnfast.memory.files import TABLES
 from attnfast.memory.policies import SlotBook
 from attnfast.memory.quantise import dequantise, quantise
 from attnfast.memory.state import StoreState
+from attnfast.reference import MemoryReadOutput
 
 
 class MemoryStore(StoreState):
