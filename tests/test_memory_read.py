@@ -200,7 +200,7 @@ def test_one_row_of_a_mask_serves_all_and_one_query_has_its_own() -> None:
 @pytest.mark.parametrize("score", SCORES)
 def test_a_scale_of_zero_or_below(scale: float, score: str) -> None:
     query, keys, values = problem()
-    query.requires_grad_()
+    query.requires_grad_(False)
     for given in (
         {},
         {"mask": ROWS},
