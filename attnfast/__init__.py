@@ -6,10 +6,11 @@
 torch.Size([2, 8, 128, 64])
 """
 
-from attnfast import nn, reference, viz
+from attnfast import memory, nn, reference, viz
 from attnfast._ext import _C as _binary
 from attnfast._gather import ProductKeyReadOutput, product_key_read, weighted_gather
 from attnfast._memory import topk_scores
+from attnfast._memory_read import memory_read
 from attnfast.explain import explain
 from attnfast.functional import (
     AttentionOutput,
@@ -19,6 +20,7 @@ from attnfast.functional import (
     scaled_dot_product_attention,
     varlen_attention,
 )
+from attnfast.reference import MemoryReadOutput
 
 __version__ = "0.1.0"
 
@@ -27,6 +29,7 @@ available_isas, get_isa, set_isa = _binary.available_isas, _binary.get_isa, _bin
 
 __all__ = [
     "AttentionOutput",
+    "MemoryReadOutput",
     "ProductKeyReadOutput",
     "SampledAttentionOutput",
     "__version__",
@@ -35,6 +38,8 @@ __all__ = [
     "available_isas",
     "explain",
     "get_isa",
+    "memory",
+    "memory_read",
     "nn",
     "product_key_read",
     "reference",

@@ -33,6 +33,8 @@ from attnfast._reference_gather import ProductKeyReadOutput as ProductKeyReadOut
 from attnfast._reference_gather import product_key_read as product_key_read
 from attnfast._reference_gather import weighted_gather as weighted_gather
 from attnfast._reference_memory import topk_scores as topk_scores
+from attnfast._reference_memory_read import MemoryReadOutput as MemoryReadOutput
+from attnfast._reference_memory_read import memory_read as memory_read
 
 WEIGHTS_MODES = {False: 0, True: 1, "full": 1, "column_sum": 2, "row_max": 3}
 

@@ -98,6 +98,7 @@ LAYERS = {
     "_reference_normalizers": 0,
     "_reference_gather": 0,
     "_reference_memory": 0,
+    "_reference_memory_read": 0,
     "_options": 0,
     "ops": 1,
     "_additive_ops": 1,
@@ -115,6 +116,8 @@ LAYERS = {
     "_gather": 3,
     "_local": 3,
     "_memory": 3,
+    "_memory_hops": 3,
+    "_memory_read": 3,
     "_normalized": 3,
     "_row_blocks": 3,
     "_prepare": 3,
@@ -138,6 +141,7 @@ REFERENCE = {
     "_reference_normalizers",
     "_reference_gather",
     "_reference_memory",
+    "_reference_memory_read",
     "_options",
 }
 MAY_USE_BINARY = {"ops", "_additive_ops", "_gather_ops", "_memory_ops", "explain", "__init__", "cli", "benchmarks"}

@@ -1,0 +1,339 @@
+"""Reading a memory: score the slots, keep all or some, normalise, sum their values; one or several times.
+
+A composition of what exists: reads over all slots are attention whose keys all queries share, top-k reads are
+`topk_scores`, a normaliser and `weighted_gather`, reads of candidate lists are packed attention or a top-k of pairs. No
+way forms queries x slots, unless the caller asks for the weights of a read over all slots, or for a normaliser that
+attention itself computes that way. Nothing is checked here. `_memory_read` has the public function;
+`attnfast.memory.MemoryStore` comes in at `read_tables` as well, with tables that may be bfloat16 or int8 and rows that
+must survive later writes.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from attnfast._additive import additive_attention
+from attnfast._reference_core import real_dtype
+from attnfast._reference_normalizers import normalize
+from attnfast.functional import attention, varlen_attention
+
+_BLOCK = 1 << 20  # elements of a table that are prepared at a time
+
+
+class Tables(NamedTuple):
+    """Keys ``[N, D]`` and values ``[N, D_v]``; scales ``[N]`` where they are int8 codes."""
+
+    keys: Tensor
+    values: Tensor
+    key_scale: Tensor | None = None
+    value_scale: Tensor | None = None
+
+
+class Plan(NamedTuple):
+    """How to read; checked."""
+
+    topk: int | None
+    score: str
+    score_weight: Tensor | None  # of the additive score, with
+    score_bias: Tensor | None  # its bias
+    scale: float
+    normalizer: str
+    hops: int
+    hop: str
+    eps: float
+
+
+class Picked(NamedTuple):
+    """One hop: output ``[B, D_v]``, and the picks ``[B, K]``, ``[nnz]``, or the column sums ``[N]`` of a soft read."""
+
+    output: Tensor
+    indices: Tensor | None
+    weights: Tensor | None
+    column_sum: Tensor | None
+
+
+# --- the seam to the memory kernels ---------------------------------------------------------------------------------
+
+
+def topk_scores(query: Tensor, keys: Tensor, k: int, scale: float, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Scores and slots ``[B, k]`` of the k largest ``scale * query . key``, ties to the lowest slot, NaN first; where
+    fewer than k are visible, -inf and -1.
+    """
+    real = real_dtype(query.dtype)
+    with torch.no_grad():
+        scores = (query.to(real) * scale) @ keys.to(real).T
+        visible = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask.expand(scores.shape)
+        slots = torch.arange(keys.shape[0], device=keys.device).expand(scores.shape)
+        scores, indices = _largest(scores, slots, visible, k)
+    if torch.is_grad_enabled() and (query.requires_grad or keys.requires_grad):
+        missing = indices < 0
+        rows = keys[indices.clamp_min(0)].to(real).masked_fill(missing.unsqueeze(-1), 0.0)
+        scores = (scale * (query.to(real).unsqueeze(-2) * rows).sum(-1)).masked_fill(missing, -torch.inf)
+    return scores, indices
+
+
+def weighted_gather(indices: Tensor, weights: Tensor, values: Tensor) -> Tensor:
+    """Sum of ``weights [B, K]`` times the rows ``indices [B, K]`` of values, in the values' dtype; -1 is no row."""
+    missing = (indices < 0).unsqueeze(-1)
+    rows = values[indices.clamp_min(0)].to(weights.dtype).masked_fill(missing, 0.0)
+    return (weights.unsqueeze(-1) * rows).sum(-2).to(values.dtype)
+
+
+def _largest(scores: Tensor, slots: Tensor, visible: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest visible of ``[B, M]``, whose slots ascend wherever scores are equal; the rest is -inf, -1."""
+    order = scores.detach().sort(dim=-1, descending=True, stable=True).indices
+    order = order.gather(-1, (~visible).gather(-1, order).to(torch.int8).sort(dim=-1, stable=True).indices)[..., :k]
+    seen = visible.gather(-1, order)
+    return scores.gather(-1, order).where(seen, -torch.inf), slots.gather(-1, order).where(seen, -1)
+
+
+# --- scores ---------------------------------------------------------------------------------------------------------
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-8)
+
+
+def _prepare_query(plan: Plan, query: Tensor) -> Tensor:
+    """What makes every score but the additive one a dot product, up to a constant for each query."""
+    if plan.score == "cosine":
+        return _unit(query)
+    return torch.cat([2.0 * query, query.new_full((*query.shape[:-1], 1), -1.0)], -1) if plan.score == "l2" else query
+
+
+def _prepare_keys(plan: Plan, keys: Tensor) -> Tensor:
+    if plan.score == "cosine":
+        return _unit(keys)
+    return torch.cat([keys, keys.square().sum(-1, keepdim=True)], -1) if plan.score == "l2" else keys
+
+
+def _pair_scores(plan: Plan, query: Tensor, keys: Tensor) -> Tensor:
+    """Scores ``[...]`` of pairs ``[..., D]``, by the formula."""
+    if plan.score == "additive":
+        assert plan.score_weight is not None
+        total = query + keys if plan.score_bias is None else query + keys + plan.score_bias
+        return plan.scale * (torch.tanh(total) * plan.score_weight).sum(-1)
+    if plan.score == "l2":
+        return -plan.scale * (query - keys).square().sum(-1)
+    if plan.score == "cosine":
+        query, keys = _unit(query), _unit(keys)
+    return plan.scale * (query * keys).sum(-1)
+
+
+def _rows(table: Tensor, scale: Tensor | None, slots: Tensor | slice, dtype: torch.dtype) -> Tensor:
+    """Rows of a table as numbers of `dtype`."""
+    rows = table[slots].to(dtype)
+    return rows if scale is None else rows * scale[slots].to(dtype).unsqueeze(-1)
+
+
+# --- one hop --------------------------------------------------------------------------------------------------------
+
+
+def _read_all(query: Tensor, tables: Tables, plan: Plan, mask: Tensor | None, weights: str) -> Picked:
+    """Attention with one batch and one head: the queries are its rows, and the memory is not repeated for them."""
+    keys = _rows(tables.keys, tables.key_scale, slice(None), query.dtype)
+    values = _rows(tables.values, tables.value_scale, slice(None), query.dtype)
+    options: Any = {"normalizer": plan.normalizer, "mask": mask, "return_weights": weights or False}
+    if plan.score == "additive":
+        assert plan.score_weight is not None
+        result = additive_attention(
+            query, keys, values, plan.scale * plan.score_weight, score_bias=plan.score_bias, **options
+        )
+    else:
+        result = attention(query, keys, values, score=plan.score, scale=plan.scale, **options)
+    if isinstance(result, Tensor):
+        return Picked(result, None, None, None)
+    assert result.weights is not None
+    if weights == "full":
+        return Picked(result.output, None, result.weights, result.weights.detach().sum(0))
+    return Picked(result.output, None, None, result.weights.detach())
+
+
+def select(query: Tensor, tables: Tables, plan: Plan, mask: Tensor | None, k: int) -> Tensor:
+    """Slots ``[B, k]`` of the k largest scores, a block of prepared keys at a time."""
+    real = real_dtype(query.dtype)
+    query = query.to(real)
+    count, size = tables.keys.shape
+    block = max(1, _BLOCK // max(1, size), k)
+    if plan.score == "additive":
+        block = max(1, _BLOCK // max(1, size * query.shape[0]))
+    prepared = query if plan.score == "additive" else _prepare_query(plan, query)
+    best: tuple[Tensor, Tensor] | None = None
+    for start in range(0, count, block):
+        stop = min(count, start + block)
+        keys = _rows(tables.keys, tables.key_scale, slice(start, stop), real)
+        seen = None if mask is None else mask[..., start:stop]
+        if plan.score == "additive":
+            scores = _pair_scores(plan, query.unsqueeze(1), keys)
+            slots = torch.arange(stop - start, device=keys.device).expand(scores.shape)
+            visible = torch.ones_like(slots, dtype=torch.bool) if seen is None else seen.expand(scores.shape)
+            scores, slots = _largest(scores, slots, visible, k)
+        else:
+            scores, slots = topk_scores(prepared, _prepare_keys(plan, keys), min(k, stop - start), plan.scale, seen)
+        slots = slots.where(slots < 0, slots + start)
+        if best is not None:
+            # Slots of earlier blocks are lower and stand first, as ties want it.
+            scores, slots = torch.cat([best[0], scores], -1), torch.cat([best[1], slots], -1)
+            scores, slots = _largest(scores, slots, slots >= 0, k)
+        best = scores, slots
+    assert best is not None
+    return best[1]
+
+
+def _read_picked(
+    query: Tensor, tables: Tables, plan: Plan, indices: Tensor, scores: Tensor | None, copy: bool
+) -> Picked:
+    """Normalise and sum the slots ``[B, K]``. `copy`: take their rows out first, so that what autograd keeps is not the
+    tables.
+    """
+    real = real_dtype(query.dtype)
+    if tables.keys.shape[0] == 0:  # nothing to index, so nothing is picked
+        weights = torch.zeros(indices.shape, dtype=real, device=query.device)
+        return Picked(query.new_zeros(query.shape[0], tables.values.shape[1]), indices, weights, None)
+    missing = indices < 0
+    rows = indices.clamp_min(0)
+    if scores is None:
+        keys = _rows(tables.keys, tables.key_scale, rows, real).masked_fill(missing.unsqueeze(-1), 0.0)
+        scores = _pair_scores(plan, query.to(real).unsqueeze(1), keys).masked_fill(missing, -torch.inf)
+    weights = normalize(plan.normalizer, scores, ~missing, None, None, False).weights
+    if copy or tables.value_scale is not None or tables.values.dtype is not query.dtype:
+        values = _rows(tables.values, tables.value_scale, rows, query.dtype).flatten(0, 1)
+        places = torch.arange(rows.numel(), device=rows.device).view(rows.shape).masked_fill(missing, -1)
+        return Picked(weighted_gather(places, weights, values), indices, weights, None)
+    return Picked(weighted_gather(indices, weights, tables.values), indices, weights, None)
+
+
+def _read_topk(query: Tensor, tables: Tables, plan: Plan, mask: Tensor | None, copy: bool) -> Picked:
+    assert plan.topk is not None
+    k = min(plan.topk, tables.keys.shape[0])
+    scores: Tensor | None = None
+    if k == 0:
+        indices = torch.empty(query.shape[0], 0, dtype=torch.int64, device=query.device)
+    elif plan.score == "dot" and tables.key_scale is None and tables.keys.dtype is query.dtype:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not copy):
+            scores, indices = topk_scores(query, tables.keys, k, plan.scale, mask)
+        scores = None if copy else scores
+    else:
+        with torch.no_grad():
+            indices = select(query, tables, plan, mask, k)
+    if k < plan.topk:
+        more = (0, plan.topk - k)
+        indices = torch.nn.functional.pad(indices, more, value=-1)
+        scores = None if scores is None else torch.nn.functional.pad(scores, more, value=-torch.inf)
+    return _read_picked(query, tables, plan, indices, scores, copy)
+
+
+class Lists(NamedTuple):
+    """Candidates of B queries: list b is ``slots[offsets[b] : offsets[b + 1]]``, and `row` ``[nnz]`` is its b."""
+
+    offsets: Tensor
+    slots: Tensor
+    row: Tensor
+
+
+def _read_listed(query: Tensor, tables: Tables, plan: Plan, lists: Lists) -> Picked:
+    if plan.topk is not None:
+        return _read_picked(query, tables, plan, _select_listed(query, tables, plan, lists, plan.topk), None, True)
+    keys = _rows(tables.keys, tables.key_scale, lists.slots, query.dtype)
+    values = _rows(tables.values, tables.value_scale, lists.slots, query.dtype)
+    if plan.score == "additive":
+        # Packed attention has no additive score: one call for each query.
+        bounds = lists.offsets.tolist()
+        parts = [
+            _read_all(query[b : b + 1], Tables(keys[i:j], values[i:j]), plan, None, "full")
+            for b, (i, j) in enumerate(pairwise(bounds))
+        ]
+        outputs, weights = [part.output for part in parts], [part.weights for part in parts]
+        if not parts:
+            return Picked(values.new_empty(0, values.shape[1]), lists.slots, values.new_empty(0), None)
+        return Picked(
+            torch.cat(outputs), lists.slots, torch.cat([w.squeeze(0) for w in weights if w is not None]), None
+        )
+    longest = int(lists.offsets.diff().max()) if query.shape[0] else 0
+    result = varlen_attention(
+        query.unsqueeze(1),
+        keys.unsqueeze(1),
+        values.unsqueeze(1),
+        torch.arange(query.shape[0] + 1, device=query.device),
+        lists.offsets,
+        1,
+        longest,
+        score=plan.score,
+        scale=plan.scale,
+        normalizer=plan.normalizer,
+        return_weights="column_sum",  # a packed key has one query, so this is its weight
+    )
+    assert not isinstance(result, Tensor) and result.weights is not None
+    return Picked(result.output.squeeze(1), lists.slots, result.weights.flatten(), None)
+
+
+@torch.no_grad()
+def _select_listed(query: Tensor, tables: Tables, plan: Plan, lists: Lists, k: int) -> Tensor:
+    """The k largest of each list, ``[B, k]``: sort all pairs by score, then by list."""
+    real = real_dtype(query.dtype)
+    found = torch.full((query.shape[0], k), -1, dtype=torch.int64, device=query.device)
+    keys = _rows(tables.keys, tables.key_scale, lists.slots, real)
+    scores = _pair_scores(plan, query.to(real)[lists.row], keys)
+    order = scores.sort(descending=True, stable=True).indices
+    order = order[lists.row[order].sort(stable=True).indices]
+    row = lists.row[order]
+    place = torch.arange(row.shape[0], device=row.device) - lists.offsets[row]
+    kept = place < k
+    found[row[kept], place[kept]] = lists.slots[order][kept]
+    return found
+
+
+# --- all hops -------------------------------------------------------------------------------------------------------
+
+
+def read_tables(
+    query: Tensor,
+    tables: Tables,
+    plan: Plan,
+    mask: Tensor | None,
+    lists: Lists | None,
+    *,
+    copy: bool,
+    soft_weights: str,
+    observe: Any = None,
+) -> tuple[Picked, int]:
+    """Read for queries ``[B, D]``; mask boolean ``[N]`` or ``[B, N]``. Returns the last hop and the number of hops.
+
+    `observe` is called with every hop. `soft_weights` is what a read over all slots collects: "", "column_sum" or
+    "full".
+    """
+    for number in range(1, plan.hops + 1):
+        if lists is not None:
+            picked = _read_listed(query, tables, plan, lists)
+        elif plan.topk is not None:
+            picked = _read_topk(query, tables, plan, mask, copy)
+        else:
+            picked = _read_all(query, tables, plan, mask, soft_weights)
+        if observe is not None:
+            observe(picked)
+        if number == plan.hops:
+            break
+        following = query + picked.output if plan.hop == "add" else picked.output
+        # One synchronisation a hop, and only if the caller wants to stop early.
+        if plan.eps > 0 and (not query.numel() or bool((following - query).detach().abs().max() <= plan.eps)):
+            break
+        query = following
+    return picked, number
+
+
+def count_usage(usage: Tensor, picked: Picked) -> None:
+    """Add one hop to ``usage [N]``: counts of picks if it is an integer tensor, sums of weights otherwise."""
+    if picked.column_sum is not None:
+        usage += picked.column_sum.to(usage.dtype)
+    elif picked.indices is not None:
+        assert picked.weights is not None
+        seen = picked.indices >= 0
+        slots = picked.indices[seen]
+        if usage.dtype is torch.int64:
+            usage.index_add_(0, slots, torch.ones_like(slots))
+        else:
+            usage.index_add_(0, slots, picked.weights.detach()[seen].to(usage.dtype))
