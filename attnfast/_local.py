@@ -1,7 +1,7 @@
 """Local attention: windows around a centre that each row names, and the Gaussian prior around one.
 
-A window becomes an interval of keys for each row before anything else sees it, so that kernels compare integers only, and
-a centre may be any number. The prior is multiplied in by the kernel, where dropout is.
+A window becomes an interval of keys for each row before anything else sees it, so that kernels compare integers only,
+and a centre may be any number. The prior is multiplied in by the kernel, where dropout is.
 """
 
 from __future__ import annotations
