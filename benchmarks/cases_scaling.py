@@ -1,8 +1,9 @@
-"""How time and memory grow with the number of tokens T: both cores dense, and with a local window.
+"""How time and memory grow with the number of tokens T: both cores dense, with a local window, and as Luong's local-p.
 
 Dense attention does work in T^2, and what a fused one needs beside its results grows with T. A window of 2 x 10 + 1
 keys leaves work in T, which is set beside dense calls of attnfast over as many pairs of a query and a key: one with the
-same queries and 21 keys, and one with as many queries as keys, which reads and writes far less for its pairs.
+same queries and 21 keys, and one with as many queries as keys, which reads and writes far less for its pairs. Local-p
+has its window around a centre of each query, which moves along the keys with some noise, and the Gaussian prior there.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class ScalingCase(AttentionCase):
     suite: str = "scaling"
     settings: Settings | None = _BRIEF
     window: int = 0
+    predicted: bool = False  # local-p
 
     @property
     def options(self) -> str:
@@ -66,6 +68,7 @@ class AdditiveScalingCase(AdditiveCase):
     settings: Settings | None = _BRIEF
     compiled_peers: bool = False
     window: int = 0
+    predicted: bool = False
 
     @property
     def options(self) -> str:
@@ -97,13 +100,26 @@ def _ours(case: Case, **options: Any) -> Callable[..., Any]:
     return functools.partial(function, **options)
 
 
+def centers(case: Case) -> torch.Tensor:
+    """Where the queries of a local-p case look, ``[T]``: their own places, but for a few keys this way or that. Whole
+    numbers, so that a window holds as many keys as one around the place itself.
+    """
+    noise = torch.randn(case.query_tokens, generator=torch.Generator().manual_seed(0))
+    return torch.arange(case.query_tokens) + (2.0 * noise).round()
+
+
 class Attnfast(Peer):
     name = OURS
     suites = ("scaling",)
 
     def build(self, case: Case, inputs: Inputs) -> Workload:
-        options = {"window": (case.window, case.window)} if case.window else {}
-        return _workload(_ours(case, **options), inputs.tensors, inputs.grad_out)
+        options: dict[str, Any] = {"window": (case.window, case.window)} if case.window else {}
+        if not case.predicted:
+            return _workload(_ours(case, **options), inputs.tensors, inputs.grad_out)
+        center = centers(case).requires_grad_()
+        options |= {"window_center": center.detach(), "prior": ("gaussian", center, case.window / 2)}
+        plain = _workload(_ours(case, **options), inputs.tensors, inputs.grad_out)
+        return replace(plain, wanted=(*plain.wanted, center))
 
 
 class Dense(Peer):
@@ -170,12 +186,19 @@ def _name(kind: str, tokens: int, size: int) -> str:
     return f"{kind} T={tokens} D={size}"
 
 
-def _dot(kind: str, tokens: int, window: int = 0) -> ScalingCase:
-    quick = tokens <= 1024
-    return ScalingCase(_name(kind, tokens, 64), heads=2, query_tokens=tokens, quick=quick, passes=PASSES, window=window)
+def _dot(kind: str, tokens: int, window: int = 0, predicted: bool = False) -> ScalingCase:
+    return ScalingCase(
+        _name(kind, tokens, 64),
+        heads=2,
+        query_tokens=tokens,
+        quick=tokens <= 1024,
+        passes=PASSES,
+        window=window,
+        predicted=predicted,
+    )
 
 
-def _additive(kind: str, tokens: int, window: int = 0) -> AdditiveScalingCase:
+def _additive(kind: str, tokens: int, window: int = 0, predicted: bool = False) -> AdditiveScalingCase:
     return AdditiveScalingCase(
         _name(kind, tokens, 256),
         query_tokens=tokens,
@@ -183,6 +206,7 @@ def _additive(kind: str, tokens: int, window: int = 0) -> AdditiveScalingCase:
         quick=tokens <= 1024,
         passes=PASSES,
         window=window,
+        predicted=predicted,
     )
 
 
@@ -192,5 +216,7 @@ register_cases(
         *(_additive("additive", tokens) for tokens in TOKENS),
         *(_dot("dot, window", tokens, WINDOW) for tokens in LOCAL_TOKENS),
         *(_additive("additive, window", tokens, WINDOW) for tokens in LOCAL_TOKENS),
+        *(_dot("dot, local-p", tokens, WINDOW, True) for tokens in LOCAL_TOKENS),
+        *(_additive("additive, local-p", tokens, WINDOW, True) for tokens in LOCAL_TOKENS),
     ]
 )

@@ -32,7 +32,7 @@ def measured(rows: Iterable[Row]) -> list[Row]:
 
 
 def kind(row: Row) -> str:
-    """The case without its sizes: "dot", "additive", "dot, window" or "additive, window"."""
+    """The case without its sizes: "dot" or "additive", then nothing, ", window" or ", local-p"."""
     return row.case.rsplit(" T=")[0]
 
 
@@ -44,6 +44,8 @@ def result_bytes(row: Row) -> int:
     gradients = per_head * (tokens * size + (row.key_tokens or 0) * (size + value))
     if kind(row).startswith("additive"):
         gradients += size
+    if kind(row).endswith("local-p"):
+        gradients += tokens  # those of the centres
     return _BYTES[row.dtype] * {FORWARD: output, BACKWARD: gradients, BOTH: output + gradients}[row.pass_]
 
 
@@ -89,7 +91,7 @@ def window_cost(row: Row) -> float | None:
 def print_scaling(rows: Iterable[Row], console: Console) -> None:
     found = scaling_rows(rows)
     for (name, which, threads), group in _groups(found).items():
-        local = name.endswith("window")
+        local = name.endswith(("window", "local-p"))
         present = [peer for peer in _PEERS if any(peer in peers for peers in group.values())]
         remembered = [
             peer for peer in present if peer not in _LOCAL and any(_memory(peers.get(peer)) for peers in group.values())

@@ -383,7 +383,14 @@ def test_scaling_cases_reach_from_128_to_8192_tokens() -> None:
     for case in registry.cases("scaling"):
         found.setdefault(case.name.rsplit(" T=")[0], []).append(case.query_tokens)
     dense, local = [2**i for i in range(7, 14)], [2**i for i in range(10, 14)]
-    assert found == {"dot": dense, "additive": dense, "dot, window": local, "additive, window": local}
+    assert found == {
+        "dot": dense,
+        "additive": dense,
+        "dot, window": local,
+        "additive, window": local,
+        "dot, local-p": local,
+        "additive, local-p": local,
+    }
     assert registry.find_case("scaling", "additive T=4096 D=256").passes == registry.PASSES
     case = registry.find_case("scaling", "additive T=2048 D=256")
     eager = registry.find_peer("scaling", "eager")
@@ -398,6 +405,10 @@ SCALING_CASES = [
     cases_scaling.AdditiveScalingCase("additive T=40 D=8", query_tokens=40, head_size=8),
     cases_scaling.ScalingCase("dot, window T=40 D=8", heads=2, query_tokens=40, head_size=8, window=4),
     cases_scaling.AdditiveScalingCase("additive, window T=40 D=8", query_tokens=40, head_size=8, window=4),
+    cases_scaling.ScalingCase("dot, local-p T=40 D=8", heads=2, query_tokens=40, head_size=8, window=4, predicted=True),
+    cases_scaling.AdditiveScalingCase(
+        "additive, local-p T=40 D=8", query_tokens=40, head_size=8, window=4, predicted=True
+    ),
 ]
 
 
@@ -408,8 +419,12 @@ def test_scaling_peers_compute_the_case(case: Any) -> None:
     reference = attnfast.reference
     function = reference.additive_attention if "additive" in case.name else reference.attention
     tensors = {name: tensor.detach().double().requires_grad_() for name, tensor in inputs.tensors.items()}
-    truth = function(*tensors.values(), **({"window": (4, 4)} if case.window else {}))
-    truth_grads = torch.autograd.grad(truth, list(tensors.values()), inputs.grad_out.double())
+    leaves, options = list(tensors.values()), {"window": (4, 4)} if case.window else {}
+    if case.predicted:
+        leaves.append(cases_scaling.centers(case).double().requires_grad_())
+        options |= {"window_center": leaves[-1].detach(), "prior": ("gaussian", leaves[-1], 2.0)}
+    truth = function(*tensors.values(), **options)
+    truth_grads = torch.autograd.grad(truth, leaves, inputs.grad_out.double())
     ran = []
     for peer in registry.peers(case):
         try:

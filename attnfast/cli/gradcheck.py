@@ -67,6 +67,10 @@ def checks() -> dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]]:
         "grouped heads": (attnfast.attention, (query, shared_key, shared_value)),
         "bias": (lambda q, k, v, b: attnfast.attention(q, k, v, bias=b), (*inputs, bias)),
         "sink": (lambda q, k, v, s: attnfast.attention(q, k, v, sink=s), (*inputs, sink)),
+        "local-p": (
+            lambda q, k, v, c: attnfast.attention(q, k, v, window=(1, 2), window_center=c, prior=("gaussian", c, 1.5)),
+            (*inputs, torch.tensor([0.3, 2.2, 4.4], dtype=torch.float64, requires_grad=True)),
+        ),
         "lse": fields("output", "lse", return_lse=True),
         "weights": fields("output", "weights", return_weights="full"),
         "column sums": fields("output", "weights", return_weights="column_sum"),

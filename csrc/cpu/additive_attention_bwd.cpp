@@ -101,7 +101,7 @@ void load_panel(const Backward<R>& f, const HeadContext& c, int64_t q0, int nq, 
   panel.split = split_huge_lse<R>(
       c, q0, nq, kLog2e, panel.minus_lse, panel.minus_log, s.P, score_scratch, [&](const ScoreTile<R>& tile, R* P) {
         load_additive_rows<R>(p.key, c.key_offset(p.key, tile.k0), tile.nk, p.head_size, nullptr, keys);
-        additive_scores<R>(weights, panel.queries, keys, f.depth_pad, tile, true, P);
+        additive_scores<R>(weights, panel.queries, keys, f.depth_pad, tile, 0, true, P);
       });
   const R* delta = static_cast<const R*>(p.delta) + c.row(q0);
   for (int q = 0; q < W; q++) panel.minus_delta[q] = q < nq ? -delta[q] : R(0);
@@ -140,7 +140,7 @@ __attribute__((noinline)) void gradient_tile(const Backward<R>& f, const HeadCon
   constexpr int kFill = N > kQueryBlock ? N : kQueryBlock;
   int vectors = (tile.nq + N - 1) / N, filled = (tile.nq + kFill - 1) / kFill * kFill;
   R *P = s.P, *S = s.S;
-  additive_scores<R>(weights, panel.queries, keys, f.depth_pad, tile, true, P);
+  additive_scores<R>(weights, panel.queries, keys, f.depth_pad, tile, tile.skip, true, P);
   finish_probabilities<R>(c, tile, kLog2e, panel.minus_lse, panel.split ? panel.minus_log : nullptr, P, s.slope);
   if (dims_in_lanes<R>(tile.nq))
     dots_by_dimension<R>(values, panel.grad_out, f.value_pad, tile, S);
@@ -222,8 +222,8 @@ __attribute__((noinline)) void score_gradients(const HeadContext& c, const Score
                                                int64_t depth_pad, const R* S, R* grad_key, R* grad_weight) {
   constexpr int N = kLanes<R>;
   for (int64_t d = 0; d < depth_pad; d += N) {
-    const R *a = panel.queries.dims + d * panel.queries.slots, *b = keys.dims + d * kKeySlots;
-    R *gq = panel.dims + d * panel.queries.slots, *gk = grad_key + d * kKeySlots;
+    const R *a = panel.queries.dims + d * panel.queries.slots, *b = keys.dims + d * kKeySlots + tile.skip * N;
+    R *gq = panel.dims + d * panel.queries.slots, *gk = grad_key + d * kKeySlots + tile.skip * N;
     Vec<R> gw{};
     for (int q = 0; q < tile.nq; q += kQueryBlock) {
       int last = q + kQueryBlock < tile.nq ? q + kQueryBlock - 1 : tile.nq - 1;
@@ -313,6 +313,14 @@ void gradient_task(const Backward<R>& f, int64_t task) {
       int64_t rows = seq.query_rows - q0 < kBlock ? seq.query_rows - q0 : kBlock;
       if (rows <= 0) break;
       int64_t valid = seq.queries - q0 < rows ? seq.queries - q0 : rows;
+      auto [begin, end] = valid > 0 ? visible_keys(c, q0, valid) : KeyRange{0, 0};
+      begin = begin < keys0 ? keys0 : begin;
+      end = end > keys1 ? keys1 : end;
+      if (begin >= end) {  // these keys give the block nothing, and merge_query_task does not ask them
+        for (int64_t q = 0; f.splits == 1 && p.grad_query.data && q < rows; q++)
+          store_zero_row<R>(p.grad_query, c.query_offset(p.grad_query, q0 + q), p.head_size);
+        continue;
+      }
       for (int i = 0; f.scores && i * W < rows; i++) {
         int64_t used = (rows - i * W < W ? rows - i * W : W) + kQueryBlock - 1;
         used = used < W ? used * N : W * N;
@@ -320,9 +328,6 @@ void gradient_task(const Backward<R>& f, int64_t task) {
           for (int64_t x = 0; x < used; x += N) store(panels[i].dims + d * (W + 1) + x, Vec<R>{});
       }
       bool loaded_panels = false;
-      auto [begin, end] = valid > 0 ? visible_keys(c, q0, valid) : KeyRange{0, 0};
-      begin = begin < keys0 ? keys0 : begin;
-      end = end > keys1 ? keys1 : end;
       for (int64_t k0 = begin; k0 < end; k0 += kKeyTile) {
         int nk = int(end - k0 < kKeyTile ? end - k0 : kKeyTile);
         Rows<R> values{};
@@ -346,13 +351,13 @@ void gradient_task(const Backward<R>& f, int64_t task) {
             loaded = true;
           }
           R* center = f.partial_center ? f.partial_center + split * f.rows_total + c.row(q0 + i * W) : nullptr;
-          gradient_tile<R>(f, c, tile, weights, keys, values, panels[i], true, center, s);
+          gradient_tile<R>(f, c, tile, weights, keys, values.from(tile.skip), panels[i], true, center, s);
           for (int n = 0; n < 2; n++)
             if (add_bias[n]) add_bias_gradient<R>(c, p.grad_bias[n], tile, s.S, s.extra);
           int64_t k = k0 - keys0;
           if (p.grad_value.data)
-            accumulate_by_key<R>(tile, s.P, panels[i].grad_out, p.value_size, grad_value + k * f.value_pad, f.value_pad,
-                                 s.clean);
+            accumulate_by_key<R>(tile, s.P, panels[i].grad_out, p.value_size,
+                                 grad_value + (k + tile.skip) * f.value_pad, f.value_pad, s.clean);
           if (f.scores)
             add_score_gradients<R>(f, c, tile, weights, keys, panels[i], s, key_dims + k / kKeyTile * tile_floats);
         }
@@ -430,7 +435,7 @@ void bias_task(const Backward<R>& f, int64_t task) {
           ScoreTile<R> tile;
           if (!prepare_tile<R>(c, q0, nq, k0, nk, score_scratch, tile)) continue;
           load_additive_rows<R>(p.key, c.key_offset(p.key, k0), nk, p.head_size, nullptr, keys);
-          Rows<R> values = get_rows<R>(p.value, c.key_offset(p.value, k0), nk, p.value_size, true, s.values);
+          Rows<R> values = get_rows<R>(p.value, c.key_offset(p.value, tile.k0), tile.nk, p.value_size, true, s.values);
           gradient_tile<R>(f, c, tile, weights, keys, values, panel, false, nullptr, s);
           add_bias_gradient<R>(c, grad, tile, s.S, s.extra);
         }
@@ -442,9 +447,27 @@ template <class R>
 void delta_task(const Backward<R>& f, int64_t task) {
   delta_rows<R>(*f.p, task);
 }
+// dQ of a block of queries, from the parts whose keys it sees.
 template <class R>
-void merge_query_task(const Backward<R>& f, int64_t row) {
-  merge_query_row<R>(f, row);
+void merge_query_task(const Backward<R>& f, int64_t task) {
+  constexpr int64_t kBlock = kPanelsPerBlock * kPanel<R>;
+  const AdditiveAttentionParams& p = *f.p;
+  HeadContext c = head_context(p, task / f.blocks / p.heads, task / f.blocks % p.heads);
+  int64_t q0 = task % f.blocks * kBlock, share = (f.tiles + f.splits - 1) / f.splits * kKeyTile;
+  int64_t rows = c.s.query_rows - q0 < kBlock ? c.s.query_rows - q0 : kBlock;
+  if (rows <= 0) return;
+  int64_t valid = c.s.queries - q0 < rows ? c.s.queries - q0 : rows;
+  KeyRange seen = valid > 0 ? visible_keys(c, q0, valid) : KeyRange{0, 0};
+  int64_t first = seen.begin / share, last = (seen.end + share - 1) / share;
+  R* sum = static_cast<R*>(scratch(0, size_t(f.depth_pad) * sizeof(R)));
+  for (int64_t q = 0; q < rows; q++) {
+    for (int64_t d = 0; d < f.depth_pad; d += kLanes<R>) {
+      Vec<R> x{};
+      for (int64_t i = first; i < last; i++) x += load(f.query_part(i, c.row(q0 + q)) + d);
+      store(sum + d, x);
+    }
+    store_row<R>(p.grad_query, c.query_offset(p.grad_query, q0 + q), p.head_size, sum, R(1));
+  }
 }
 template <class R>
 void sink_task(const Backward<R>& f, int64_t h) {
@@ -493,7 +516,7 @@ void backward(const AdditiveAttentionParams& p) {
   for (int i = 0; i < 2; i++) bias_here |= owns_bias(f, i);
   if (f.scores || p.grad_value.data || p.grad_center || bias_here) {
     run<R, gradient_task<R>>(f, key_heads * f.splits, serial);
-    if (f.splits > 1 && p.grad_query.data) run<R, merge_query_task<R>>(f, f.rows_total, serial);
+    if (f.splits > 1 && p.grad_query.data) run<R, merge_query_task<R>>(f, p.batch * p.heads * f.blocks, serial);
   }
   if (p.grad_center) center_gradient<R>(p, f.partial_center, f.splits, f.rows_total);
   if (p.grad_weight) merge_weights<R>(f, 0, p.weight_by_head, R(-1), static_cast<R*>(p.grad_weight));

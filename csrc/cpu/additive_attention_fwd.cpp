@@ -96,13 +96,14 @@ void forward_task(const Forward<R>& f, int64_t task) {
           loaded = true;
         }
         R* out = s.out + i * W * f.value_pad;
-        additive_scores<R>(weights, queries[i], keys, f.depth_pad, tile, false, s.P);
+        additive_scores<R>(weights, queries[i], keys, f.depth_pad, tile, tile.skip, false, s.P);
         softmax_step<R>(c, tile, kLog2e, s.P, out, f.value_pad, state[i]);
         if (has_factor(p)) {
           factor_tile<R>(c, tile, s.keep);
           multiply_tile<R>(tile, s.P, s.keep);
         }
-        accumulate_by_query<R>(c, tile, s.P, values, p.value_size, out, f.value_pad, !started[i], s.clean);
+        accumulate_by_query<R>(c, tile, s.P, values.from(tile.skip), p.value_size, out, f.value_pad, !started[i],
+                               s.clean);
         started[i] = true;
       }
     }

@@ -125,6 +125,7 @@ struct AdditiveWeights {
   int64_t depth;
   bool has_bias, finite;
   bool single;  // a call of one query, whose scores are those of additive_single.h
+  bool narrow;  // a call whose rows may see few keys of a tile: see few_pairs
 
   static int64_t floats(int64_t depth_pad) { return 5 * depth_pad; }
   void place(R* base, int64_t depth_pad) {
@@ -144,6 +145,8 @@ static void load_additive_weights(const AdditiveAttentionParams& p, int64_t h, A
   load_row<R>(weight, 1, depth, w.weight);
   w.depth = depth;
   w.single = single_query(p);
+  w.narrow =
+      p.window_bounds || (p.window_left >= 0 && p.window_right >= 0 && p.window_left + p.window_right < kKeyTile);
   w.has_bias = p.score_bias != nullptr;
   if (w.has_bias)
     load_row<R>(static_cast<const R*>(p.score_bias) + (p.score_bias_by_head ? h * depth : 0), 1, depth, w.bias);
@@ -253,14 +256,17 @@ __attribute__((noinline)) void scores_by_query(const AdditiveWeights<R>& w, cons
     }
 }
 
-// The same with dimensions in lanes, for a few queries.
+// The same with dimensions in lanes, for a few queries or a few pairs. What is hidden is not formed: P holds 0 there.
 template <Tier TIER>
 __attribute__((noinline)) void scores_by_dimension(const AdditiveWeights<float>& w, const float* queries,
                                                    const float* keys, int64_t depth_pad, int slots,
                                                    const ScoreTile<float>& tile, float* P) {
   constexpr int N = kLanes<float>, W = kPanel<float>;
-  for (int q = 0; q < tile.nq; q++)
-    for (int k = 0; k < tile.nk; k++) {
+  const LaneBands* bands = tile.bands_or_null();
+  for (int k = 0; k < tile.nk; k++) {
+    int first = bands ? bands->begin[k] : 0, last = bands && bands->end[k] < tile.nq ? bands->end[k] : tile.nq;
+    for (int q = first; q < last; q++) {
+      if (!tile.visible(q, k)) continue;
       const float *a = queries + q * N, *b = keys + k * N;
       int64_t stride_a = int64_t(slots) * N, stride_b = int64_t(kKeySlots) * N, d = 0;
       VecF acc{};
@@ -282,12 +288,32 @@ __attribute__((noinline)) void scores_by_dimension(const AdditiveWeights<float>&
       }
       P[k * W + q] = sum_lanes<float>(acc) * -2.0f * w.scale;
     }
+  }
 }
 
-// Raw scores of a tile into P[key][query]; vectors past the last query are left alone.
+// Whether a tile has so few visible pairs that forming them one by one, dimensions in lanes, costs less than the blocks
+// of kKeyBlock keys by a vector of queries which hold them. In steps of one vector; a pair takes a few more to be
+// summed.
+template <class R>
+static bool few_pairs(const ScoreTile<R>& tile, int64_t depth_pad) {
+  constexpr int N = kLanes<R>, kSumSteps = 6;
+  const LaneBands* bands = tile.bands_or_null();
+  if (!bands) return false;
+  int64_t pairs = 0, blocks = 0;
+  for (int k = 0; k < tile.nk; k += kKeyBlock) {
+    int count = k + kKeyBlock < tile.nk ? kKeyBlock : tile.nk - k, begin, end;
+    bands->hull(k, count, begin, end);
+    if (begin < end) blocks += (end + N - 1) / N - begin / N;
+    for (int i = k; i < k + count; i++) pairs += bands->begin[i] < bands->end[i] ? bands->end[i] - bands->begin[i] : 0;
+  }
+  return pairs * (depth_pad / N + kSumSteps) < blocks * kKeyBlock * depth_pad;
+}
+
+// Raw scores of a tile into P[key][query]; its keys are those of `keys` from `skip` on. Vectors past the last query are
+// left alone.
 template <class R>
 static void additive_scores(const AdditiveWeights<R>& w, AdditiveRows<R>& queries, AdditiveRows<R>& keys,
-                            int64_t depth_pad, const ScoreTile<R>& tile, bool want_dims, R* P) {
+                            int64_t depth_pad, const ScoreTile<R>& tile, int skip, bool want_dims, R* P) {
   Tier tier = additive_tier<R>(w, queries, keys);
   bool exponentials = uses_exponentials(tier), few = dims_in_lanes<R>(queries.count);
   if (w.single) {
@@ -296,7 +322,7 @@ static void additive_scores(const AdditiveWeights<R>& w, AdditiveRows<R>& querie
       shape_rows<R>(keys, depth_pad, exponentials, false, true);
     }
     alignas(64) R scores[kKeyTile];
-    single_query_scores<false, 0, R>(keys.rows.data, keys.rows.stride, tile.nk, static_cast<R*>(nullptr),
+    single_query_scores<false, 0, R>(keys.rows.from(skip).data, keys.rows.stride, tile.nk, static_cast<R*>(nullptr),
                                      queries.rows.data, w.weight, Extent<R>(w.depth), static_cast<R*>(nullptr), 0,
                                      scores, Soon<0>{});
     for (int k = 0; k < tile.nk; k++) {
@@ -306,23 +332,24 @@ static void additive_scores(const AdditiveWeights<R>& w, AdditiveRows<R>& querie
     }
     return;
   }
-  shape_rows<R>(queries, depth_pad, exponentials, !(few && exponentials), want_dims || few);
+  shape_rows<R>(queries, depth_pad, exponentials, !(few && exponentials), want_dims || few || w.narrow);
   shape_rows<R>(keys, depth_pad, exponentials, false, true);
+  const R* dims = keys.dims + skip * kLanes<R>;
   if constexpr (std::is_same_v<R, float>) {
-    if (few && exponentials) {
-      for (int k = 0; k < tile.nk; k++) store(P + k * kPanel<R>, VecF{});
+    if (exponentials && (few || (w.narrow && few_pairs<R>(tile, depth_pad)))) {
+      for (int k = 0; k < tile.nk; k++)
+        for (int q = 0; q < tile.nq; q += kLanes<R>) store(P + k * kPanel<R> + q, VecF{});
       if (tier == Tier::kFast)
-        scores_by_dimension<Tier::kFast>(w, queries.dims, keys.dims, depth_pad, queries.slots, tile, P);
+        scores_by_dimension<Tier::kFast>(w, queries.dims, dims, depth_pad, queries.slots, tile, P);
       else
-        scores_by_dimension<Tier::kClamped>(w, queries.dims, keys.dims, depth_pad, queries.slots, tile, P);
+        scores_by_dimension<Tier::kClamped>(w, queries.dims, dims, depth_pad, queries.slots, tile, P);
       return;
     }
-    if (tier == Tier::kNear) return scores_by_query<Tier::kNear, R>(w, queries.lanes, keys.dims, depth_pad, tile, P);
-    if (tier == Tier::kFast) return scores_by_query<Tier::kFast, R>(w, queries.lanes, keys.dims, depth_pad, tile, P);
-    if (tier == Tier::kClamped)
-      return scores_by_query<Tier::kClamped, R>(w, queries.lanes, keys.dims, depth_pad, tile, P);
+    if (tier == Tier::kNear) return scores_by_query<Tier::kNear, R>(w, queries.lanes, dims, depth_pad, tile, P);
+    if (tier == Tier::kFast) return scores_by_query<Tier::kFast, R>(w, queries.lanes, dims, depth_pad, tile, P);
+    if (tier == Tier::kClamped) return scores_by_query<Tier::kClamped, R>(w, queries.lanes, dims, depth_pad, tile, P);
   }
-  scores_by_query<Tier::kDirect, R>(w, queries.lanes, keys.dims, depth_pad, tile, P);
+  scores_by_query<Tier::kDirect, R>(w, queries.lanes, dims, depth_pad, tile, P);
 }
 
 static inline const AdditiveAttentionParams& additive_params(const HeadContext& c) {
@@ -354,7 +381,9 @@ struct AdditivePanel {
   void load_keys(const HeadContext& c, int64_t k0, int nk) {
     load_additive_rows<R>(c.p->key, c.key_offset(c.p->key, k0), nk, c.p->head_size, nullptr, keys);
   }
-  void scores(const ScoreTile<R>& tile, R* P) { additive_scores<R>(weights, queries, keys, depth_pad, tile, false, P); }
+  void scores(const ScoreTile<R>& tile, R* P) {
+    additive_scores<R>(weights, queries, keys, depth_pad, tile, 0, false, P);
+  }
   bool split_lse(const HeadContext& c, int64_t q0, int nq, R* minus_lse, R* minus_log, R* P, ScoreScratch<R>& scratch) {
     return split_huge_lse<R>(c, q0, nq, kLog2e, minus_lse, minus_log, P, scratch, [&](const ScoreTile<R>& tile, R* P) {
       load_keys(c, tile.k0, tile.nk);

@@ -45,12 +45,17 @@ void finish_score_gradient(const HeadContext& c, const ScoreTile<R>& tile, const
     prior_centers<R>(c, tile, from);
     for (int q = 0; q < W; q++) sum[q] = R(0);
   }
-  for (int k = 0; k < tile.nk; k++)
-    for (int j = 0; j < vectors; j++) {
+  for (int j = 0; j < vectors; j++) {
+    int first, last;
+    keys_of_vector<R>(c, tile, j, first, last);
+    clear_other_keys<R>(tile, j, first, last, S);
+    clear_other_keys<R>(tile, j, first, last, P);
+    for (int k = first; k < last; k++) {
       int64_t i = k * W + N * j;
       Vec<R> x = load(S + i), w = load(P + i);
       if (at_weights) x += load(extra + i);
-      if (factor) x *= load(keep + i);
+      // Rounded, so that no pass contracts it with the sum below: all must give the same bits.
+      if (factor) x = rounded<R>(x * load(keep + i));
       if (center) {
         Vec<R> t = w * x * prior_distance<R>(tile, k, load(from + N * j), rate);
         store(sum + N * j, load(sum + N * j) + (w == R(0) ? Vec<R>{} : t));
@@ -61,6 +66,7 @@ void finish_score_gradient(const HeadContext& c, const ScoreTile<R>& tile, const
       store(S + i, w == R(0) ? Vec<R>{} : y);
       if (factor) store(P + i, w * load(keep + i));
     }
+  }
   for (int q = 0; center && q < tile.nq; q++) center[q] += sum[q];
 }
 

@@ -302,13 +302,14 @@ void gradient_range(const Backward<R>& f, int64_t b, int64_t h0, int64_t h1, int
             R* center = nullptr;
             if (QUERIES && f.part_center)
               center = f.part_center + k0 / kKeyTile / f.part_tiles * f.rows_total + c.row(q0 + i * W);
-            gradient_tile<R, T>(c, tile, keys, values, panel, true, center, s);
+            gradient_tile<R, T>(c, tile, keys.from(tile.skip), values.from(tile.skip), panel, true, center, s);
             for (int n = 0; n < 2; n++)
               if (add_bias[n]) add_bias_gradient<R>(c, p.grad_bias[n], tile, s.S, s.extra);
-            int64_t k = k0 - keys0;
-            add_products<R, T, KEYS, QUERIES>(
-                f, c, tile, plain_keys, key_pairs, panel, s, KEYS ? grad_key + k * f.depth_pad : nullptr,
-                KEYS ? grad_value + k * f.value_pad : nullptr, s.part_query + i * W * f.depth_pad);
+            int64_t k = tile.k0 - keys0;
+            add_products<R, T, KEYS, QUERIES>(f, c, tile, plain_keys.from(tile.skip), key_pairs.from(tile.skip), panel,
+                                              s, KEYS ? grad_key + k * f.depth_pad : nullptr,
+                                              KEYS ? grad_value + k * f.value_pad : nullptr,
+                                              s.part_query + i * W * f.depth_pad);
           }
         }
         if (QUERIES && part_end > 0) {
@@ -417,8 +418,8 @@ void bias_task(const Backward<R>& f, int64_t task) {
           int nk = int(end - k0 < kKeyTile ? end - k0 : kKeyTile);
           ScoreTile<R> tile;
           if (!prepare_tile<R>(c, q0, nq, k0, nk, score_scratch, tile)) continue;
-          Rows<T> keys = operand_rows<T>(p.key, c.key_offset(p.key, k0), nk, p.head_size, s.keys);
-          Rows<T> values = operand_rows<T>(p.value, c.key_offset(p.value, k0), nk, p.value_size, s.values);
+          Rows<T> keys = operand_rows<T>(p.key, c.key_offset(p.key, tile.k0), tile.nk, p.head_size, s.keys);
+          Rows<T> values = operand_rows<T>(p.value, c.key_offset(p.value, tile.k0), tile.nk, p.value_size, s.values);
           gradient_tile<R, T>(c, tile, keys, values, panel, false, nullptr, s);
           add_bias_gradient<R>(c, grad, tile, s.S, s.extra);
         }

@@ -170,10 +170,11 @@ void forward_task(const Forward<R>& f, int64_t task) {
         R* out = s.out + i * W * f.value_pad;
         bool lazy = state[i].lazy && p.softcap <= 0 && exact_left[i] == 0;
         if (exact_left[i] > 0) exact_left[i]--;
-        if (!lazy || !lazy_step<R, T>(c, tile, keys, queries, s.probabilities, state[i])) {
+        Rows<T> seen = keys.from(tile.skip);
+        if (!lazy || !lazy_step<R, T>(c, tile, seen, queries, s.probabilities, state[i])) {
           // Scores that left their range once will do so again: the next tiles are not tried the fast way first.
           if (lazy) exact_left[i] = kExactTiles;
-          exact_step<R, T>(c, tile, keys, queries, s.probabilities, out, f.value_pad, state[i]);
+          exact_step<R, T>(c, tile, seen, queries, s.probabilities, out, f.value_pad, state[i]);
         }
         if (has_factor(p)) {
           factor_tile<R>(c, tile, s.keep);
@@ -181,11 +182,11 @@ void forward_task(const Forward<R>& f, int64_t task) {
         }
         if constexpr (kPairs) {
           round_tile<R>(tile, s.probabilities, nullptr, s.weight_pairs);
-          accumulate_pairs_by_query<R>(c, tile, s.weight_pairs, value_pairs, p.value_size, out, f.value_pad,
-                                       !started[i], s.clean);
+          accumulate_pairs_by_query<R>(c, tile, s.weight_pairs, value_pairs.from(tile.skip), p.value_size, out,
+                                       f.value_pad, !started[i], s.clean);
         } else {
-          accumulate_by_query<R>(c, tile, s.probabilities, values, p.value_size, out, f.value_pad, !started[i],
-                                 s.clean);
+          accumulate_by_query<R>(c, tile, s.probabilities, values.from(tile.skip), p.value_size, out, f.value_pad,
+                                 !started[i], s.clean);
         }
         started[i] = true;
       }

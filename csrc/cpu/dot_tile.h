@@ -98,7 +98,7 @@ __attribute__((noinline)) void softmax_tile(const HeadContext& c, const ScoreTil
       maximum = x > maximum ? x : maximum;
     }
     Vec<R> base = maximum == -infinity<R>() ? Vec<R>{} : maximum;
-    Vec<R> sum = exponentials<R>(tile, factor, base, j, P);
+    Vec<R> sum = exponentials<R>(tile, factor, base, j, 0, tile.nk, P);
     Vec<R> inverse = sum == R(0) ? Vec<R>{} : R(1) / sum;
     for (int k = 0; k < tile.nk; k++) store(P + k * W + N * j, load(P + k * W + N * j) * inverse);
   }

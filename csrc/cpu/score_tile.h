@@ -66,6 +66,7 @@ struct ScoreTile {
   const uint64_t* bits;      // [keys] the queries that see the key, by position and by every tensor; null if all do
   int64_t q0, k0;
   int nq, nk;
+  int skip;  // keys before k0 that the caller's tile has and this panel does not see
 
   const LaneBands* bands_or_null() const { return limited ? &bands : nullptr; }
   bool masked() const { return bits != nullptr; }  // some entry is masked, by position or by a tensor
@@ -87,12 +88,22 @@ ATTNFAST_INLINE void for_live_vectors(const ScoreTile<R>& tile, F f) {
     for (int q = 0; q < tile.nq; q += kLanes<R>) f(k * kPanel<R> + q);
 }
 
+// The keys that each row of a panel sees where rows bring windows, kept while the panels of a block take turns.
+struct PanelKeys {
+  const int64_t* bounds = nullptr;  // whose rows these are; null: nobody's yet
+  int64_t batch = 0, q0 = 0;
+  int nq = 0;
+  KeyRange all;  // the smallest range that holds them
+  KeyRange row[kKeyTile];
+};
+
 // Scratch of the score modifications: an addend tile and room to load a tensor tile.
 template <class R>
 struct ScoreScratch {
   R *add, *rows, *tile;
   uint64_t bits[kKeyTile];
   int32_t row_begin[kKeyTile], row_end[kKeyTile];
+  PanelKeys panels[kPanelsPerBlock];
   static int64_t size() { return 3 * int64_t(kKeyTile) * kPanel<R>; }
   explicit ScoreScratch(R* base) : add(base), rows(base + kKeyTile * kPanel<R>), tile(rows + kKeyTile * kPanel<R>) {}
 };
@@ -183,10 +194,27 @@ static inline bool any_bit(const uint64_t* bits, int count) {
 }
 static inline uint64_t low_bits(int64_t count) { return count >= 64 ? ~uint64_t(0) : (uint64_t(1) << count) - 1; }
 
+template <class R>
+static const PanelKeys& panel_keys(const HeadContext& c, int64_t q0, int nq, ScoreScratch<R>& scratch) {
+  PanelKeys& panel = scratch.panels[q0 / kPanel<R> % kPanelsPerBlock];
+  if (panel.bounds == c.bounds.data && panel.batch == c.s.batch && panel.q0 == q0 && panel.nq == nq) return panel;
+  panel.bounds = c.bounds.data;
+  panel.batch = c.s.batch;
+  panel.q0 = q0;
+  panel.nq = nq;
+  panel.all = {c.band.keys, 0};
+  for (int q = 0; q < nq; q++) {
+    KeyRange own = panel.row[q] = c.keys(q0 + q);
+    panel.all.begin = own.begin < panel.all.begin ? own.begin : panel.all.begin;
+    panel.all.end = own.end > panel.all.end ? own.end : panel.all.end;
+  }
+  return panel;
+}
+
 // Rows with windows of their own: the part of each that lies in the tile, `bits`, and bands around them. False if there
 // is none.
 template <class R>
-static bool place_rows(const HeadContext& c, ScoreScratch<R>& scratch, ScoreTile<R>& tile) {
+static bool place_rows(const PanelKeys& panel, ScoreScratch<R>& scratch, ScoreTile<R>& tile) {
   constexpr int W = kPanel<R>;
   bool seen = false, limited = false;
   uint64_t* bits = scratch.bits;
@@ -195,7 +223,7 @@ static bool place_rows(const HeadContext& c, ScoreScratch<R>& scratch, ScoreTile
     scratch.row_begin[q] = tile.nk;
     scratch.row_end[q] = 0;
     if (q >= tile.nq) continue;
-    KeyRange keys = c.keys(tile.q0 + q);
+    KeyRange keys = panel.row[q];
     int begin = int(clamp_index(keys.begin - tile.k0, 0, tile.nk)),
         end = int(clamp_index(keys.end - tile.k0, 0, tile.nk));
     limited |= begin > 0 || end < tile.nk;
@@ -218,21 +246,30 @@ static bool place_rows(const HeadContext& c, ScoreScratch<R>& scratch, ScoreTile
   return true;
 }
 
-// Fills `tile` for the panel at q0 and the keys at k0; false if nothing in it is visible (skip it).
+// Fills `tile` for the panel at q0 and the keys at k0; false if nothing in it is visible (skip it). Keys at either end
+// that no row of the panel sees by position are left out, kSkip at a time: the tile begins `skip` keys after k0.
+constexpr int kSkip = 4;  // a draw of dropout serves four keys, a pair of bfloat16 two
 template <class R>
 static bool prepare_tile(const HeadContext& c, int64_t q0, int nq, int64_t k0, int nk, ScoreScratch<R>& scratch,
                          ScoreTile<R>& tile) {
   constexpr int W = kPanel<R>;
   const AttentionParams& p = *c.p;
   tile.q0 = q0;
-  tile.k0 = k0;
   tile.nq = nq;
-  tile.nk = nk;
   tile.row_begin = tile.row_end = nullptr;
   int64_t first = c.position(q0), last = c.position(q0 + nq - 1);
-  if (first_key(c.band, first) >= k0 + nk || end_key(c.band, last) <= k0) return false;
+  KeyRange seen{first_key(c.band, first), end_key(c.band, last)};
+  if (c.bounds.data) seen = panel_keys<R>(c, q0, nq, scratch).all;
+  if (seen.begin >= k0 + nk || seen.end <= k0) return false;
+  tile.skip = seen.begin > k0 ? int(seen.begin - k0) / kSkip * kSkip : 0;
+  k0 += tile.skip;
+  nk -= tile.skip;
+  int64_t wanted = (seen.end - k0 + kSkip - 1) / kSkip * kSkip;
+  nk = wanted < nk ? int(wanted) : nk;
+  tile.k0 = k0;
+  tile.nk = nk;
   if (c.bounds.data) {
-    if (!place_rows<R>(c, scratch, tile)) return false;
+    if (!place_rows<R>(panel_keys<R>(c, q0, nq, scratch), scratch, tile)) return false;
   } else {
     tile.limited = first_key(c.band, last) > k0 || end_key(c.band, first) < k0 + nk;
   }
@@ -430,6 +467,23 @@ ATTNFAST_INLINE void seeing_queries(const ScoreTile<R>& tile, int r, int m, int6
   tile.bands.hull(r, m, first, last);
   q0 = first;
   q1 = last < tile.nq ? last : tile.nq;
+}
+
+// The keys that some query of vector j sees; elsewhere every entry of the vector is hidden.
+template <class R>
+ATTNFAST_INLINE void keys_of_vector(const HeadContext& c, const ScoreTile<R>& tile, int j, int& k0, int& k1) {
+  constexpr int N = kLanes<R>;
+  int64_t first = 0, last = tile.nk;
+  seen_keys<R>(c, tile, N * j, N * j + N < tile.nq ? N : tile.nq - N * j, first, last);
+  k0 = int(first < last ? first : 0);
+  k1 = int(first < last ? last : 0);
+}
+// Clears the entries of vector j at all other keys.
+template <class R>
+ATTNFAST_INLINE void clear_other_keys(const ScoreTile<R>& tile, int j, int k0, int k1, R* P) {
+  constexpr int N = kLanes<R>, W = kPanel<R>;
+  for (int k = 0; k < k0; k++) store(P + k * W + N * j, Vec<R>{});
+  for (int k = k1; k < tile.nk; k++) store(P + k * W + N * j, Vec<R>{});
 }
 
 // C[query] (+)= sum over keys of P[key][query] * B[key]

@@ -44,16 +44,18 @@ static inline bool any_huge(const R* row, int count) {
   return huge;
 }
 
-// P[key] = exp2(score - base) for a vector of queries, the scores being P times `multiplier`, modified; their sums.
+// P[key] = exp2(score - base) for a vector of queries and the keys [first, last), the scores being P times
+// `multiplier`, modified; their sums.
 template <class R>
-ATTNFAST_INLINE Vec<R> exponentials(const ScoreTile<R>& tile, R multiplier, Vec<R> base, int j, R* P) {
+ATTNFAST_INLINE Vec<R> exponentials(const ScoreTile<R>& tile, R multiplier, Vec<R> base, int j, int first, int last,
+                                    R* P) {
   constexpr int N = kLanes<R>, W = kPanel<R>;
   bool plain = tile.plain();
   alignas(64) R bases[N];
   store(bases, base);
   Vec<R> sum{};
   if (__builtin_expect(any_huge<R>(bases, N), 0)) {
-    for (int k = 0; k < tile.nk; k++) {
+    for (int k = first; k < last; k++) {
       Vec<R> x = tile.modify(rounded<R>(load(P + k * W + N * j) * multiplier), k, j);
       Vec<R> e = exp2v<R>(x - base);
       sum += e;
@@ -61,7 +63,7 @@ ATTNFAST_INLINE Vec<R> exponentials(const ScoreTile<R>& tile, R multiplier, Vec<
     }
     return sum;
   }
-  for (int k = 0; k < tile.nk; k++) {
+  for (int k = first; k < last; k++) {
     // Scaled and shifted in one rounding, before anything is added: exact where it matters, near the maximum.
     Vec<R> x = load(P + k * W + N * j) * multiplier - base;
     Vec<R> e = exp2v<R>(plain ? x : tile.modify(x, k, j));
@@ -86,13 +88,16 @@ __attribute__((noinline)) void softmax_step(const HeadContext& c, const ScoreTil
   for (int j = 0; j < vectors; j++) {
     Vec<R> old_sum = load(state.sum + N * j);
     Vec<R> old = old_sum == R(0) ? splat(-infinity<R>()) : -load(state.minus_max + N * j), maximum = old;
-    for (int k = 0; k < tile.nk; k++) {
+    int first, last;
+    keys_of_vector<R>(c, tile, j, first, last);
+    for (int k = first; k < last; k++) {
       Vec<R> x = rounded<R>(load(P + k * W + N * j) * multiplier);
       if (!plain) x = tile.modify(x, k, j);
       maximum = x > maximum ? x : maximum;
     }
     Vec<R> base = maximum == -infinity<R>() ? Vec<R>{} : maximum;
-    Vec<R> sum = exponentials<R>(tile, multiplier, base, j, P);
+    Vec<R> sum = exponentials<R>(tile, multiplier, base, j, first, last, P);
+    clear_other_keys<R>(tile, j, first, last, P);
     Vec<R> rescale = exp2v<R>(old - base);
     sum += old_sum == R(0) ? Vec<R>{} : old_sum * rescale;
     store(state.minus_max + N * j, -base);
@@ -237,9 +242,12 @@ __attribute__((noinline)) void finish_probabilities(const HeadContext& c, const 
   bool capped = c.p->softcap > 0;
   if (capped) apply_softcap<R>(*c.p, factor, P, tile.nk, vectors, slope);
   R multiplier = capped ? R(1) : R(factor);
-  for (int k = 0; k < tile.nk; k++)
-    for (int j = 0; j < vectors; j++) {
-      Vec<R> x = load(P + k * W + N * j) * multiplier, shift = load(minus_lse + N * j);
+  for (int j = 0; j < vectors; j++) {
+    int first, last;
+    keys_of_vector<R>(c, tile, j, first, last);
+    Vec<R> shift = load(minus_lse + N * j);
+    for (int k = first; k < last; k++) {
+      Vec<R> x = load(P + k * W + N * j) * multiplier;
       if (minus_log) {  // rounded as in split_huge_lse
         x = tile.modify(rounded<R>(x), k, j) + shift + load(minus_log + N * j);
       } else {
@@ -247,6 +255,8 @@ __attribute__((noinline)) void finish_probabilities(const HeadContext& c, const 
       }
       store(P + k * W + N * j, exp2v<R>(x, table));
     }
+    clear_other_keys<R>(tile, j, first, last, P);
+  }
 }
 
 template <class R>

@@ -109,6 +109,8 @@ template <class R>
 struct Rows {
   const R* data;
   int64_t stride;
+
+  Rows from(int64_t row) const { return {data + row * stride, stride}; }
 };
 // `padding`: columns are read in whole vectors, so a ragged row must be copied. Row strides that are a multiple of
 // 1 KB map a tile onto few cache sets; copying such a tile costs less than the misses.
@@ -237,6 +239,8 @@ struct PairRows {
   const uint32_t* words;
   int64_t stride;
   bool finite;  // neither infinite nor NaN
+
+  PairRows from(int64_t row) const { return {words + row / 2 * stride, stride, finite}; }  // an even row
 };
 [[maybe_unused]] static PairRows interleave_rows(const Tensor4& t, int64_t offset, int64_t rows, int64_t cols,
                                                  uint32_t* words) {

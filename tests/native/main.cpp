@@ -123,7 +123,8 @@ void infer(const KernelTable& kernels, const Problem& problem, int threads, Resu
 
 bool needs_no_lse(const Config& c) {
   return !c.additive && c.key_tokens <= kWholeRowKeys && c.sequences == 0 && !c.sink && c.bias[0] < 0 &&
-         c.bias[1] < 0 && !c.lse_gradient && c.weights_mode == WeightsMode::kNone && c.softcap == 0 && c.dropout_p == 0;
+         c.bias[1] < 0 && !c.lse_gradient && c.weights_mode == WeightsMode::kNone && c.softcap == 0 &&
+         c.dropout_p == 0 && c.prior_sigma == 0;
 }
 
 // A backward from the operands alone.
@@ -179,6 +180,7 @@ std::string check(const KernelTable& kernels, const Problem& problem) {
     check_gradient("grad_bias", c.bias[i] >= 0, serial.grad_bias[i], expected.grad_bias[i]);
   }
   check_gradient("grad_sink", c.sink, serial.grad_sink, expected.grad_sink);
+  check_gradient("grad_center", c.prior_sigma > 0, serial.grad_center, expected.grad_center);
   check_gradient("grad_weight", c.additive, serial.grad_weight, expected.grad_weight);
   check_gradient("grad_score_bias", c.additive && c.score_bias, serial.grad_score_bias, expected.grad_score_bias);
   if (needs_no_lse(c)) {
@@ -209,6 +211,7 @@ std::string check(const KernelTable& kernels, const Problem& problem) {
   equal("grad_value", serial.grad_value, threaded.grad_value);
   for (int i = 0; i < 2; ++i) equal("grad_bias", serial.grad_bias[i], threaded.grad_bias[i]);
   equal("grad_sink", serial.grad_sink, threaded.grad_sink);
+  equal("grad_center", serial.grad_center, threaded.grad_center);
   equal("grad_weight", serial.grad_weight, threaded.grad_weight);
   equal("grad_score_bias", serial.grad_score_bias, threaded.grad_score_bias);
   if (serial.weights_index != threaded.weights_index) errors.front() = "weights_index depends on the threads";

@@ -26,8 +26,8 @@ uint32_t philox_word(uint64_t seed, uint64_t offset, uint64_t row, uint64_t colu
 struct Row {
   std::vector<char> visible;
   std::vector<double> capped;       // softcap * tanh(s / softcap), or s
-  std::vector<double> probability;  // before dropout
-  std::vector<double> keep;         // 0 or 1 / (1 - p)
+  std::vector<double> probability;  // before prior and dropout
+  std::vector<double> keep;         // the prior, times 0 or 1 / (1 - p)
   double sink_probability = 0;
   double lse = -kInfinity;  // natural
 };
@@ -39,6 +39,12 @@ double additive_term(const Problem& problem, int64_t b, int64_t h, int64_t q, in
       problem.query.get(t, h, problem.query_begin(b) + q, d) + problem.key.get(t, kv, problem.key_begin(b) + k, d);
   if (problem.score_bias) x += problem.score_bias.get(0, 0, problem.config.vectors_by_head ? h : 0, d);
   return std::tanh(x);
+}
+
+// (k - center) / sigma
+double prior_distance(const Problem& problem, int64_t b, int64_t h, int64_t q, int64_t k) {
+  const double center = problem.center.get(problem.tensor_batch(b), h, problem.query_begin(b) + q, 0);
+  return (static_cast<double>(k) - center) / problem.config.prior_sigma;
 }
 
 Row softmax_row(const Problem& problem, int64_t b, int64_t h, int64_t q) {
@@ -89,6 +95,11 @@ Row softmax_row(const Problem& problem, int64_t b, int64_t h, int64_t q) {
       row.keep[k] = kept ? 1 / (1 - c.dropout_p) : 0;
     }
   }
+  if (c.prior_sigma > 0)
+    for (int64_t k = 0; k < keys; ++k) {
+      const double distance = prior_distance(problem, b, h, q, k);
+      row.keep[k] *= std::exp(-0.5 * distance * distance);
+    }
   return row;
 }
 
@@ -134,6 +145,7 @@ void backward_by_definition(const Problem& problem, const std::vector<int64_t>& 
   e.grad_key.allocate({c.batch, c.kv_heads, c.key_tokens, c.head_size});
   e.grad_value.allocate({c.batch, c.kv_heads, c.key_tokens, c.value_size});
   if (c.sink) e.grad_sink.allocate({1, 1, 1, c.heads});
+  if (c.prior_sigma > 0) e.grad_center.allocate({c.batch, c.heads, c.query_tokens, 1});
   if (c.additive)
     for (Gradient* gradient : {&e.grad_weight, &e.grad_score_bias})
       gradient->allocate({1, 1, c.vectors_by_head ? c.heads : 1, c.head_size});
@@ -164,6 +176,10 @@ void backward_by_definition(const Problem& problem, const std::vector<int64_t>& 
         grad += term;
         grad_size += std::fabs(term);
         e.grad_value.add(t, kv, j, d, weight * grad_out, weight * grad_out);
+      }
+      if (c.prior_sigma > 0) {
+        const double slope = row.probability[k] * row.keep[k] * prior_distance(problem, b, h, q, k) / c.prior_sigma;
+        e.grad_center.add(t, h, i, 0, grad * slope, grad_size * slope);
       }
       grad_probability[k] = grad * row.keep[k];
       size[k] = grad_size * row.keep[k];

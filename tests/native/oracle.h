@@ -22,7 +22,7 @@ struct Gradient {
 struct Expected {
   HostTensor out, lse, weights, row_weights;  // row_weights: the applied weights in full, whatever was asked for
   HostTensor delta_shift;
-  Gradient grad_query, grad_key, grad_value, grad_bias[2], grad_sink, grad_weight, grad_score_bias;
+  Gradient grad_query, grad_key, grad_value, grad_bias[2], grad_sink, grad_center, grad_weight, grad_score_bias;
 };
 
 Expected forward_by_definition(const Problem& problem);

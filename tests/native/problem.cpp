@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <limits>
+#include <tuple>
+#include <utility>
 
 namespace attnfast::native {
 namespace {
@@ -158,6 +160,8 @@ std::string Config::text() const {
   if (weights_mode != WeightsMode::kNone) s += " weights=" + number(static_cast<int>(weights_mode));
   if (additive) s += std::string(" additive") + (vectors_by_head ? "/H" : "") + (score_bias ? "+b" : "");
   if (additive) s += " spread=" + number(spread);
+  if (bounds >= 0) s += " bounds=" + number(bounds) + "/" + number(static_cast<int>(bounds_kind));
+  if (prior_sigma > 0) s += " prior=" + number(prior_sigma);
   if (poison) s += " poison";
   if (lse_gradient) s += " lse_gradient";
   s += std::string(" wants=") + (want_query ? "q" : "") + (want_key ? "k" : "") + (want_value ? "v" : "");
@@ -222,6 +226,11 @@ Config random_config(Random& random) {
     c.score_bias = random.chance(60);
     c.spread = random.pick({0.02, 1.0, 1.0, 4.0, 15.0});
   }
+  if (random.chance(30)) {
+    c.bounds = static_cast<int>(random.below(8));
+    c.bounds_kind = random.pick({Config::Bounds::kAlong, Config::Bounds::kScattered, Config::Bounds::kAnything});
+  }
+  if (random.chance(25)) c.prior_sigma = random.pick({0.5, 3.0, 40.0});
   return c;
 }
 
@@ -290,6 +299,29 @@ Problem::Problem(const Config& given, uint64_t problem_seed) : config(given) {
     sink = HostTensor(real(), {1, 1, 1, c.heads});
     sink.fill_normal(random);
   }
+  if (c.bounds >= 0) {
+    bounds = HostTensor(DType::kInt64, {(c.bounds & 1) != 0 ? c.batch : 1, (c.bounds & 2) != 0 ? c.heads : 1,
+                                        (c.bounds & 4) != 0 ? c.query_tokens : 1, 2});
+    for (int64_t b = 0; b < bounds.size(0); ++b)
+      for (int64_t h = 0; h < bounds.size(1); ++h)
+        for (int64_t q = 0; q < bounds.size(2); ++q) {
+          const double along = static_cast<double>(q) / static_cast<double>(bounds.size(2));
+          const double place = c.bounds_kind == Config::Bounds::kAlong ? along : random.uniform();
+          double begin = std::floor(place * static_cast<double>(c.key_tokens)) - 5;
+          double end = begin + static_cast<double>(random.below(40));
+          if (c.bounds_kind == Config::Bounds::kAnything && random.chance(20))
+            std::tie(begin, end) = random.chance(50) ? std::pair(-0x1p62, 0x1p62) : std::pair(0x1p62, -0x1p62);
+          bounds.set(b, h, q, 0, begin);
+          bounds.set(b, h, q, 1, end);
+        }
+  }
+  if (c.prior_sigma > 0) {
+    center = HostTensor(real(), {c.batch, c.heads, c.query_tokens, 1});
+    for (int64_t b = 0; b < c.batch; ++b)
+      for (int64_t h = 0; h < c.heads; ++h)
+        for (int64_t q = 0; q < c.query_tokens; ++q)
+          center.set(b, h, q, 0, random.uniform() * static_cast<double>(c.key_tokens));
+  }
   seed = random.next();
   offset = random.next() >> 1;
   if (!c.poison) return;
@@ -328,6 +360,11 @@ bool Problem::visible(int64_t b, int64_t h, int64_t q, int64_t k) const {
   if (config.causal != Causal::kNone && k > position) return false;
   if (config.window_left >= 0 && k < position - config.window_left) return false;
   if (config.window_right >= 0 && k > position + config.window_right) return false;
+  if (bounds) {
+    const int64_t t = tensor_batch(b), i = query_begin(b) + q;
+    const double place = static_cast<double>(k);
+    if (place < bounds.get(t, h, i, 0) || place >= bounds.get(t, h, i, 1)) return false;
+  }
   if (mask && mask.get(b, h, q, k) == 0) return false;
   for (const HostTensor& x : bias)
     if (x && x.get(b, h, q, k) == -std::numeric_limits<double>::infinity()) return false;
@@ -366,6 +403,14 @@ void Problem::fill(AttentionParams& p) const {
     p.alibi_stride[1] = alibi.view().stride[3];
   }
   if (sink) p.sink = sink.data();
+  if (bounds) {
+    p.window_bounds = static_cast<const int64_t*>(bounds.data());
+    for (int i = 0; i < 3; ++i) p.window_bounds_stride[i] = bounds.view().stride[i];
+  }
+  if (config.prior_sigma > 0) {
+    p.prior_sigma = config.prior_sigma;
+    p.prior_center = center.data();
+  }
   p.softcap = config.softcap;
   p.causal = config.causal;
   p.window_left = config.window_left;
@@ -386,6 +431,7 @@ Results::Results(const Problem& problem) {
   grad_key = HostTensor(c.dtype, {c.batch, c.kv_heads, c.key_tokens, c.head_size}, c.layout);
   grad_value = HostTensor(c.dtype, {c.batch, c.kv_heads, c.key_tokens, c.value_size}, c.layout);
   if (c.sink) grad_sink = HostTensor(problem.real(), {1, 1, 1, c.heads});
+  if (c.prior_sigma > 0) grad_center = HostTensor(problem.real(), rows);
   if (c.weights_mode != WeightsMode::kNone) {
     weights =
         HostTensor(c.weights_mode == WeightsMode::kFull ? c.dtype : problem.real(), problem.weights_size(), c.layout);
@@ -398,8 +444,8 @@ Results::Results(const Problem& problem) {
     if (c.score_bias) grad_score_bias = HostTensor(problem.real(), size);
   }
   // Whatever a kernel fails to write is NaN.
-  for (HostTensor* tensor : {&out, &lse, &delta, &grad_query, &grad_key, &grad_value, &grad_sink, &weights,
-                             &grad_weight, &grad_score_bias}) {
+  for (HostTensor* tensor : {&out, &lse, &delta, &grad_query, &grad_key, &grad_value, &grad_sink, &grad_center,
+                             &weights, &grad_weight, &grad_score_bias}) {
     tensor->fill_bytes(0xFF);
   }
   if (c.lse_gradient || c.weights_mode != WeightsMode::kNone) delta_shift = HostTensor(problem.real(), rows);
@@ -446,6 +492,7 @@ void Results::fill(const Problem& problem, AttentionParams& p) const {
   for (int i = 0; i < 2; ++i)
     if (grad_bias[i]) p.grad_bias[i] = grad_bias[i].view();
   if (grad_sink) p.grad_sink = grad_sink.data();
+  if (grad_center) p.grad_center = grad_center.data();
 }
 
 }  // namespace attnfast::native

@@ -122,6 +122,9 @@ struct Config {
   bool want_query = true, want_key = true, want_value = true;
   bool additive = false, vectors_by_head = false, score_bias = false;
   double spread = 1;  // of the elements of query, key and score_bias
+  int bounds = -1;    // rows bring windows; bits as for a mask, of the first three dimensions
+  enum class Bounds { kAlong, kScattered, kAnything } bounds_kind = Bounds::kAlong;
+  double prior_sigma = 0;
 
   std::string text() const;
 };
@@ -133,6 +136,7 @@ Config random_config(Random& random);
 struct Problem {
   Config config;
   HostTensor query, key, value, mask, bias[2], alibi, sink, grad_out, grad_lse, grad_weights;
+  HostTensor bounds, center;      // int64 [B or 1, H or 1, T_q or 1, 2]; [B, H, T_q, 1]
   HostTensor weight, score_bias;  // [1, 1, H or 1, D]; additive only
   std::vector<int64_t> query_lengths, key_lengths, cu_seqlens_q, cu_seqlens_k;
   uint64_t seed = 0, offset = 0;
@@ -158,7 +162,8 @@ struct Problem {
 };
 
 struct Results {
-  HostTensor out, lse, weights, delta, delta_shift, grad_query, grad_key, grad_value, grad_bias[2], grad_sink;
+  HostTensor out, lse, weights, delta, delta_shift, grad_query, grad_key, grad_value, grad_bias[2], grad_sink,
+      grad_center;
   HostTensor grad_weight, grad_score_bias;
   std::vector<int64_t> weights_index;
 
