@@ -316,7 +316,8 @@ def weighted_gather_bwd(
     - ``grad_out`` Real, contiguous ``[B, D_v]``; ``grad_weights`` Real, contiguous ``[B, K]``.
     - ``grad_values``: the dense gradient in the dtype of ``values``, contiguous and zero-filled ``[N, D_v]``.
     - ``allocate`` asks for the sparse one instead: it is called once, with the number U of slots that occur, and
-      returns int64 ``[U]``, which gets these slots ascending, and ``[U, D_v]`` in the dtype of ``values``, both contiguous.
+      returns int64 ``[U]``, which gets these slots ascending, and ``[U, D_v]`` in the dtype of ``values``, both
+      contiguous.
     """
 
 def product_keys(
