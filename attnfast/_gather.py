@@ -240,7 +240,8 @@ def product_key_read(
 def _softmax(scores: Tensor) -> Tensor:
     """Over the last dimension, which is in descending order.
 
-    The last bits of the backward of ``torch.softmax`` depend on the number of threads.
+    The derivatives of these operations do not depend on the number of threads; the last bits of the backward of
+    ``torch.softmax`` do.
     """
     powers = (scores - scores[..., :1].detach()).exp()
     return powers / powers.sum(-1, keepdim=True)

@@ -56,6 +56,8 @@ SUITES = {
             yardsticks=False,
             whole_memory=True,
         ),
+        Suite("gather", "Weighted rows of a table", default=False, memory=False, yardsticks=False),
+        Suite("pkm", "Product-key memory", default=False, yardsticks=False, whole_memory=True),
         Suite("model", "A transformer encoder on scikit-learn's digits"),
     )
 }
@@ -193,6 +195,7 @@ def _load() -> None:
         cases_accuracy,
         cases_additive,
         cases_dot,
+        cases_gather,
         cases_masks,
         cases_overhead,
         cases_scaling,
@@ -201,5 +204,6 @@ def _load() -> None:
         cases_topk,
         peers,
         peers_additive,
+        peers_gather,
         peers_topk,
     )

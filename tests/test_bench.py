@@ -235,12 +235,32 @@ def test_required_cases_are_there() -> None:
         "overhead",
         "sweep",
         "scaling",
+        "gather",
+        "pkm",
         "model",
     )
     assert registry.default_suites() == ("dot", "additive", "topk", "threads", "masks", "overhead", "model")
     assert all(registry.cases(name) for name in registry.suites() if name != "model")
     cells = {(case.query_tokens, case.head_size) for case in registry.cases("sweep")}
     assert cells == {(2**i, size) for i in range(13) for size in range(16, 257, 8)}
+
+
+@pytest.mark.parametrize("case", registry.cases("gather") + registry.cases("pkm"), ids=lambda case: case.name)
+def test_gather_peers_agree_with_the_oracle(case: Any) -> None:
+    small = case.small()
+    inputs = small.inputs()
+    oracle = small.oracle(inputs)
+    agreed = []
+    for peer in registry.peers(small):
+        try:
+            workload = peer.build(small, inputs)
+        except registry.Unsupported as reason:
+            assert "product_key_memory is not installed" in str(reason)
+            continue
+        found = measure.errors(small, peer, workload, inputs, oracle)
+        assert all(error is not None and error < 1e-5 for error in found), (peer.name, found)
+        agreed.append(peer.name)
+    assert agreed[0] == "attnfast" and (case.suite == "pkm" or agreed[1:] == ["eager"])
 
 
 @pytest.mark.parametrize("case", registry.cases("topk"), ids=lambda case: case.name)

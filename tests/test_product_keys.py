@@ -390,10 +390,9 @@ def test_the_binary_checks_by_itself() -> None:
     places = [torch.empty(3, 6, dtype=torch.int64) for _ in range(3)]
 
     def call(**change: Any) -> None:
-        given = {
-            "row_scores": scores, "row_indices": order, "column_scores": scores, "column_indices": order, "side": 4,
-            "slots": places[0], "row_ranks": places[1], "column_ranks": places[2], **change,
-        }  # fmt: skip
+        halves = {"row_scores": scores, "row_indices": order, "column_scores": scores, "column_indices": order}
+        results = dict(zip(("slots", "row_ranks", "column_ranks"), places, strict=True))
+        given = {**halves, "side": 4, **results, **change}
         _C.product_keys(*given.values())
 
     call()

@@ -35,8 +35,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--suite",
         action="append",
         metavar="NAME",
-        help="dot, additive, topk, threads, masks, overhead, model, accuracy (minutes), sweep (T by D, ten minutes) or "
-        "scaling (time and memory by T, minutes); repeatable (default: all but the last three)",
+        help="dot, additive, topk, threads, masks, overhead, model, accuracy, gather, pkm (minutes each), "
+        "sweep (T by D, ten minutes) or scaling (time and memory by T, minutes); repeatable (default: all but the last "
+        "five)",
     )
     parser.add_argument("--case", default="", metavar="TEXT", help="only cases whose name contains TEXT")
     parser.add_argument("--quick", action="store_true", help="fewer cases and rounds: less than two minutes")

@@ -12,6 +12,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
+#include "gather.h"
 #include "oracle.h"
 #include "problem.h"
 #include "topk.h"
@@ -268,8 +269,9 @@ int run_one_query(const KernelTable& kernels) {
 int run_cases(const KernelTable& kernels, int64_t first, int64_t cases, const char* note) {
   int failures = 0;
   for (int64_t number = first; number < first + cases; ++number) {
-    const std::string wrong = check_topk(kernels, number, g_threads, [](int threads) { t_pool_threads = threads; });
-    if (!wrong.empty()) {
+    for (const auto check_memory : {check_topk, check_gather}) {
+      const std::string wrong = check_memory(kernels, number, g_threads, [](int threads) { t_pool_threads = threads; });
+      if (wrong.empty()) continue;
       std::printf("FAILED %s case %lld%s: %s\n", kernels.name, static_cast<long long>(number), note, wrong.c_str());
       ++failures;
     }
