@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from attnfast.memory import MemoryStore
-from attnfast.memory.policies import POLICIES
+from attnfast.memory.policies import POLICIES, UsageOrder
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8)
 COUNTERS = ("valid", "usage", "read_weight", "written", "last_used", "clock")
@@ -162,6 +162,34 @@ def test_a_long_run_of_reads_and_writes_keeps_its_order(policy: str) -> None:
         expected = sorted(range(50), key=lambda slot: (keys[slot], stamps[slot]))[: 1 + step % 3]
         count = len(expected)
         assert store.write(torch.randn(count, 2), torch.randn(count, 1)).tolist() == expected
+    for _ in range(400):
+        store.read(torch.randn(3, 2), 4)  # nothing is given up meanwhile, and the notes of reads must not pile up
+    assert store._book is not None
+    order = store._book.order
+    logs = [store._book._free, order._unread._log if isinstance(order, UsageOrder) else order._log]
+    assert max(log._pairs.shape[1] for log in logs) <= 512
+    assert not isinstance(order, UsageOrder) or len(order._heap) <= 100
+
+
+@pytest.mark.parametrize("policy", ["lfu", "least_used"])
+def test_slots_that_were_read_go_in_the_order_of_today(policy: str) -> None:
+    """Every slot has been read, some since the order last saw them: what it remembers of those is out of date."""
+    store = MemoryStore(40, 2, 1, policy=policy)
+
+    def read(slots: Tensor) -> None:
+        """One query for each slot, whose weight is anything from 0 to 1."""
+        lists = torch.arange(slots.shape[0] + 1), slots
+        store.read(torch.randn(slots.shape[0], 2), 1, candidates=lists, normalizer="sigmoid")
+
+    read(store.write(torch.randn(40, 2), torch.randn(40, 1)).repeat(2))
+    for step in range(200):
+        read(torch.randint(0, 40, (20,)))
+        keys = getattr(store, "usage" if policy == "lfu" else "read_weight").tolist()
+        written = store.written.tolist()
+        expected = sorted(range(40), key=lambda slot: (keys[slot], written[slot]))[: 1 + step % 4]
+        slots = store.write(torch.randn(len(expected), 2), torch.randn(len(expected), 1))
+        assert slots.tolist() == expected
+        read(slots.repeat(1 + step % 9))
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -164,13 +164,15 @@ class MemoryStore(StoreState):
         with self._lock.writing(), self._changing() as book:
             slots = book.claim(count, self._marks())
             at = slots.to(self.valid.device)
-            fresh = count - int(self.valid[at].sum())
-            self.valid[at] = False  # until the rows are whole, should anything interrupt this
+            fresh = count - int(self.valid.index_select(0, at).sum())
+            self.valid.index_fill_(0, at, False)  # until the rows are whole, should anything interrupt this
             self._put(at, encoded)
-            self.usage[at] = 0
-            self.read_weight[at] = 0.0
-            self.written[at] = self.last_used[at] = self._ticks(count)
-            self.valid[at] = True
+            self.usage.index_fill_(0, at, 0)
+            self.read_weight.index_fill_(0, at, 0.0)
+            ticks = self._ticks(count)
+            self.written.index_copy_(0, at, ticks)
+            self.last_used.index_copy_(0, at, ticks)
+            self.valid.index_fill_(0, at, True)
             book.wrote(slots, fresh, self._marks())
         return at.reshape(leading)
 
@@ -208,7 +210,7 @@ class MemoryStore(StoreState):
             at = at[row]
             with self._changing() as book:
                 self._put(at, [(name, rows[row]) for name, rows in encoded])
-                self.last_used[at] = self._ticks(at.shape[0])
+                self.last_used.index_copy_(0, at, self._ticks(at.shape[0]))
                 book.order.used(at.cpu(), self._marks())
 
     @torch.no_grad()
@@ -229,12 +231,12 @@ class MemoryStore(StoreState):
         with self._lock.writing():
             at = self._checked_slots(slots).unique()
             with self._changing() as book:
-                self.valid[at] = False
+                self.valid.index_fill_(0, at, False)
                 for name in (*TABLES, "usage", "read_weight", "written"):
                     column = getattr(self, name)
                     if column is not None:
-                        column[at] = 0
-                self.last_used[at] = self._ticks(at.shape[0])
+                        column.index_fill_(0, at, 0)
+                self.last_used.index_copy_(0, at, self._ticks(at.shape[0]))
                 book.freed(at.cpu(), self._marks())
 
     # --- reading ----------------------------------------------------------------------------------------------------
@@ -352,7 +354,7 @@ class MemoryStore(StoreState):
             self.usage.index_add_(0, slots, torch.ones_like(slots))
             self.read_weight.index_add_(0, slots, weights)
             slots = slots.unique()
-            self.last_used[slots] = self._ticks(1)
+            self.last_used.index_copy_(0, slots, self._ticks(1).expand(slots.shape))
             book.order.used(slots.cpu(), self._marks())
 
     # --- parts ------------------------------------------------------------------------------------------------------
@@ -363,7 +365,7 @@ class MemoryStore(StoreState):
 
     def _put(self, at: Tensor, columns: list[tuple[str, Tensor]]) -> None:
         for name, rows in columns:
-            getattr(self, name)[at] = rows
+            getattr(self, name).index_copy_(0, at, rows)
 
     def _encode(self, name: str, rows: Tensor) -> list[tuple[str, Tensor]]:
         """Rows in the form of the tables: the columns ``keys`` and ``key_scale``, or those of values."""
