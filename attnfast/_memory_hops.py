@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from attnfast._additive import additive_attention
+from attnfast._gather import weighted_gather
+from attnfast._memory import topk_scores
 from attnfast._reference_core import real_dtype
 from attnfast._reference_normalizers import normalize
 from attnfast.functional import attention, varlen_attention
@@ -56,31 +58,7 @@ class Picked(NamedTuple):
     column_sum: Tensor | None
 
 
-# --- the seam to the memory kernels ---------------------------------------------------------------------------------
-
-
-def topk_scores(query: Tensor, keys: Tensor, k: int, scale: float, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Scores and slots ``[B, k]`` of the k largest ``scale * query . key``, ties to the lowest slot, NaN first; where
-    fewer than k are visible, -inf and -1.
-    """
-    real = real_dtype(query.dtype)
-    with torch.no_grad():
-        scores = (query.to(real) * scale) @ keys.to(real).T
-        visible = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask.expand(scores.shape)
-        slots = torch.arange(keys.shape[0], device=keys.device).expand(scores.shape)
-        scores, indices = _largest(scores, slots, visible, k)
-    if torch.is_grad_enabled() and (query.requires_grad or keys.requires_grad):
-        missing = indices < 0
-        rows = keys[indices.clamp_min(0)].to(real).masked_fill(missing.unsqueeze(-1), 0.0)
-        scores = (scale * (query.to(real).unsqueeze(-2) * rows).sum(-1)).masked_fill(missing, -torch.inf)
-    return scores, indices
-
-
-def weighted_gather(indices: Tensor, weights: Tensor, values: Tensor) -> Tensor:
-    """Sum of ``weights [B, K]`` times the rows ``indices [B, K]`` of values, in the values' dtype; -1 is no row."""
-    missing = (indices < 0).unsqueeze(-1)
-    rows = values[indices.clamp_min(0)].to(weights.dtype).masked_fill(missing, 0.0)
-    return (weights.unsqueeze(-1) * rows).sum(-2).to(values.dtype)
+# --- choices --------------------------------------------------------------------------------------------------------
 
 
 def _largest(scores: Tensor, slots: Tensor, visible: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -173,7 +151,9 @@ def select(query: Tensor, tables: Tables, plan: Plan, mask: Tensor | None, k: in
             visible = torch.ones_like(slots, dtype=torch.bool) if seen is None else seen.expand(scores.shape)
             scores, slots = _largest(scores, slots, visible, k)
         else:
-            scores, slots = topk_scores(prepared, _prepare_keys(plan, keys), min(k, stop - start), plan.scale, seen)
+            scores, slots = topk_scores(
+                prepared, _prepare_keys(plan, keys), min(k, stop - start), scale=plan.scale, mask=seen
+            )
         slots = slots.where(slots < 0, slots + start)
         if best is not None:
             # Slots of earlier blocks are lower and stand first, as ties want it.
@@ -203,8 +183,8 @@ def _read_picked(
     if copy or tables.value_scale is not None or tables.values.dtype is not query.dtype:
         values = _rows(tables.values, tables.value_scale, rows, query.dtype).flatten(0, 1)
         places = torch.arange(rows.numel(), device=rows.device).view(rows.shape).masked_fill(missing, -1)
-        return Picked(weighted_gather(places, weights, values), indices, weights, None)
-    return Picked(weighted_gather(indices, weights, tables.values), indices, weights, None)
+        return Picked(weighted_gather(places, weights, values).to(query.dtype), indices, weights, None)
+    return Picked(weighted_gather(indices, weights, tables.values).to(query.dtype), indices, weights, None)
 
 
 def _read_topk(query: Tensor, tables: Tables, plan: Plan, mask: Tensor | None, copy: bool) -> Picked:
@@ -215,7 +195,7 @@ def _read_topk(query: Tensor, tables: Tables, plan: Plan, mask: Tensor | None, c
         indices = torch.empty(query.shape[0], 0, dtype=torch.int64, device=query.device)
     elif plan.score == "dot" and tables.key_scale is None and tables.keys.dtype is query.dtype:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not copy):
-            scores, indices = topk_scores(query, tables.keys, k, plan.scale, mask)
+            scores, indices = topk_scores(query, tables.keys, k, scale=plan.scale, mask=mask)
         scores = None if copy else scores
     else:
         with torch.no_grad():

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attnfast import _validate as check
 from attnfast._memory_hops import Lists, Picked, Plan, Tables, count_usage, read_tables
+from attnfast._memory_ops import MAX_COUNT
 from attnfast.reference import MemoryReadOutput
 
 SCORES = ("dot", "cosine", "l2")
@@ -52,7 +53,7 @@ def memory_read(
     values : Tensor
         ``[N, D_v]``; the query's dtype. More than one hop needs D_v = D.
     topk : int, optional
-        1 <= topk <= N. Equal scores: the lowest slot. The choice has no derivative; what is chosen has. None: no
+        From 1 to N and at most 2048. Equal scores: the lowest slot. The choice has no derivative; what is chosen has. None: no
         choice.
     score : {"dot", "cosine", "l2"} or ("additive", weight) or ("additive", weight, score_bias)
         ``q . k``; ``q . k / (max(|q|, 1e-8) max(|k|, 1e-8))``; ``-|q - k|^2``; ``sum_d weight_d tanh(q_d + k_d +
@@ -213,6 +214,8 @@ def make_plan(
     """Check how to read; `slots` is N or the capacity, the query is checked already."""
     if topk is not None and whole("topk", topk) > slots:
         raise ValueError(f"topk: expected at most N = {slots}, got {topk}")
+    if topk is not None and topk > MAX_COUNT:
+        raise ValueError(f"topk: expected at most {MAX_COUNT}, got {topk}")
     name, weight, bias = _score(score, query)
     plan = Plan(
         topk=topk,

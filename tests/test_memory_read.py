@@ -357,6 +357,11 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "values-integers": (lambda: memory_read(Q, K, V.long()), TypeError, r"values: expected dtype"),
     "topk-zero": (lambda: memory_read(Q, K, V, topk=0), ValueError, r"topk: expected an integer >= 1, got 0"),
     "topk-large": (lambda: memory_read(Q, K, V, topk=10), ValueError, r"topk: expected at most N = 9, got 10"),
+    "topk-many": (
+        lambda: memory_read(Q, torch.zeros(3000, 4), torch.zeros(3000, 4), topk=2049),
+        ValueError,
+        r"topk: expected at most 2048, got 2049",
+    ),
     "topk-bool": (lambda: memory_read(Q, K, V, topk=True), TypeError, r"topk: expected an integer >= 1, got True"),
     "score": (lambda: memory_read(Q, K, V, score="scaled_dot"), ValueError, r"score: expected one of 'dot', 'cosine'"),
     "score-bare": (lambda: memory_read(Q, K, V, score="additive"), ValueError, r"needs its vector"),
