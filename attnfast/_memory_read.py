@@ -53,8 +53,8 @@ def memory_read(
     values : Tensor
         ``[N, D_v]``; the query's dtype. More than one hop needs D_v = D.
     topk : int, optional
-        From 1 to N and at most 2048. Equal scores: the lowest slot. The choice has no derivative; what is chosen has. None: no
-        choice.
+        From 1 to N and at most 2048. Equal scores: the lowest slot. The choice has no derivative; what is
+        chosen has. None: no choice.
     score : {"dot", "cosine", "l2"} or ("additive", weight) or ("additive", weight, score_bias)
         ``q . k``; ``q . k / (max(|q|, 1e-8) max(|k|, 1e-8))``; ``-|q - k|^2``; ``sum_d weight_d tanh(q_d + k_d +
         score_bias_d)`` with vectors ``[D]``, as in :func:`attnfast.additive_attention`.
