@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "host_device.h"
 #include "params.h"
 
 namespace attnfast {
@@ -43,15 +44,17 @@ struct WeightedGatherParams {
 constexpr int64_t kGatherChunk = 256;
 
 // Bits that hold 0 ... n.
-constexpr int gather_bits(int64_t n) {
+ATTNFAST_HD constexpr int gather_bits(int64_t n) {
   int bits = 0;
   for (; bits < 63 && (n >> bits) != 0; bits++) {
   }
   return bits;
 }
 // A word of `sorted` holds a slot above a position.
-constexpr int gather_position_bits(const WeightedGatherParams& p) { return gather_bits(p.outputs * p.picks); }
-constexpr bool gather_fits(const WeightedGatherParams& p) {
+ATTNFAST_HD constexpr int gather_position_bits(const WeightedGatherParams& p) {
+  return gather_bits(p.outputs * p.picks);
+}
+ATTNFAST_HD constexpr bool gather_fits(const WeightedGatherParams& p) {
   return gather_position_bits(p) + gather_bits(p.slots) <= 64;
 }
 
