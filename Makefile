@@ -6,7 +6,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup test bench profile check check-lint check-native check-isa check-package format clean help
+.PHONY: setup test bench profile check check-lint check-native check-simt check-isa check-package format clean help
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
@@ -18,7 +18,7 @@ LOWER_ISAS = $$($(PYTHON) -c 'from attnfast._ext import _C; print(*_C.available_
 ISA_TESTS := tests/test_isa.py tests/test_autograd.py tests/test_opinfo.py tests/test_threads.py
 # A change of one of these builds again; Ninja then compiles only what it concerns.
 CPP_SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h')
-CPP_FILES := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h')
+CPP_FILES := $(shell find csrc tests/native tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -51,7 +51,7 @@ bench: setup
 profile: setup
 	$(PYTHON) tools/profile_kernels.py
 
-check: check-lint check-native check-isa check-package
+check: check-lint check-native check-simt check-isa check-package
 	@echo "make check: all good"
 
 check-lint: setup
@@ -65,6 +65,10 @@ check-lint: setup
 # The kernels in a program of their own, once per sanitizer.
 check-native: setup
 	$(PYTHON) tools/native_tests.py address thread
+
+# The CUDA kernels on the CPU, under the SIMT emulator, and the proof that its checks find bugs.
+check-simt: setup
+	$(PYTHON) tools/simt_tests.py none address thread
 
 # The variable itself, and the lower variants in tests that do not choose one.
 check-isa: setup
