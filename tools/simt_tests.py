@@ -1,13 +1,14 @@
 """Builds tests/simt once per sanitizer and runs it: `python tools/simt_tests.py none address thread`.
 
-Three programs under the SIMT emulator, none of which needs a GPU or CUDA: its own tests, the kernels of csrc/cuda against
-their definition, and kernels with one bug each. For these the program itself lists which checks must find which bug; a bug
-that none of them finds is a failure, and so is a report about the same kernel without its bug.
+Three programs under the SIMT emulator, none of which needs a GPU or CUDA: its own tests, the kernels of csrc/cuda
+against their definition, and kernels with one bug each. For these the program itself lists which checks must find which
+bug; a bug that one of those misses is a failure, and so is a report about the same kernel without its bug.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import cmake
 import ninja
+import pybind11
 
 ROOT = Path(__file__).resolve().parent.parent
 # What a run found, as in tests/simt/bugs.cpp. The sanitizers end a process with statuses chosen here.
@@ -31,18 +33,36 @@ OPTIONS = {
 }
 
 
-def build(sanitizer: str) -> Path:
-    folder = ROOT / "build" / f"simt-{sanitizer}"
+def run_cmake(folder: Path, target: str, *options: str) -> None:
     program = str(Path(cmake.CMAKE_BIN_DIR) / "cmake")
     subprocess.check_call([
         program, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja",
         f"-DCMAKE_MAKE_PROGRAM={Path(ninja.BIN_DIR) / 'ninja'}",
-        f"-DATTNFAST_SANITIZE={'' if sanitizer == 'none' else sanitizer}",
-        "-DATTNFAST_BUILD_MODULE=OFF", "-DATTNFAST_CUDA=OFF", "-DATTNFAST_BUILD_SIMT_TESTS=ON",
+        "-DATTNFAST_BUILD_MODULE=OFF", "-DATTNFAST_CUDA=OFF", *options,
     ], stdout=subprocess.DEVNULL)  # fmt: skip
     jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 1)
-    subprocess.check_call([program, "--build", str(folder), "--parallel", jobs, "--target", "attnfast_simt_tests"])
+    subprocess.check_call([program, "--build", str(folder), "--parallel", jobs, "--target", target])
+
+
+def build(sanitizer: str) -> Path:
+    folder = ROOT / "build" / f"simt-{sanitizer}"
+    kind = "" if sanitizer == "none" else sanitizer
+    run_cmake(folder, "attnfast_simt_tests", "-DATTNFAST_BUILD_SIMT_TESTS=ON", f"-DATTNFAST_SANITIZE={kind}")
     return folder
+
+
+def build_module() -> Path:
+    """The tests' Python module ``_simt`` for this Python, in a folder that holds nothing else to import."""
+    folder = ROOT / "build" / "simt-module"
+    modules = folder / "python"
+    modules.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:  # test processes build it at the same time
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        run_cmake(
+            folder, "_simt", "-DATTNFAST_BUILD_SIMT_MODULE=ON", f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={modules}",
+        )  # fmt: skip
+    return modules
 
 
 def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -101,7 +121,7 @@ def main() -> int:
         start = time.perf_counter()
         folders[sanitizer] = folder = build(sanitizer)
         built = time.perf_counter()
-        for name in ("attnfast_simt_primitives",):
+        for name in ("attnfast_simt_primitives", "attnfast_simt_kernels"):
             result = run(folder / name)
             print(f"{name}, sanitizer {sanitizer}: {result.stdout.strip().splitlines()[-1:]}")
             if result.returncode != 0:

@@ -46,7 +46,7 @@ void async_wait(int newest) {
     record_read(copy.source, valid);
     record_write(copy.destination, bytes);
     const Unobserved unobserved;
-    std::memcpy(copy.destination, copy.source, valid);
+    if (valid > 0) std::memcpy(copy.destination, copy.source, valid);
     std::memset(static_cast<char*>(copy.destination) + valid, 0, bytes - valid);
   }
   const Unobserved unobserved;

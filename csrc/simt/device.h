@@ -4,6 +4,8 @@
 // There is no __shared__: a kernel declares its shared memory with ATTNFAST_SHARED, so that it has an exact size.
 #pragma once
 
+#include <math.h>  // overloaded functions without std::, as CUDA has them
+
 #include <cmath>
 #include <cstdint>
 #include <cstring>

@@ -17,7 +17,8 @@
 namespace attnfast::simt {
 
 struct Dim3 {
-  unsigned x = 1, y = 1, z = 1;
+  constexpr Dim3(unsigned x_size = 1, unsigned y_size = 1, unsigned z_size = 1) : x(x_size), y(y_size), z(z_size) {}
+  unsigned x, y, z;
 };
 
 // Where in the kernel's source a lane stands.
