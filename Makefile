@@ -6,7 +6,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup test bench profile check check-lint check-native check-simt check-isa check-package format clean help
+.PHONY: setup test bench profile check check-lint check-native check-simt check-cuda check-isa check-package format clean help
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
@@ -17,7 +17,7 @@ LOWER_ISAS = $$($(PYTHON) -c 'from attnfast._ext import _C; print(*_C.available_
 # Tests that use whatever variant is in force; the semantics tests go through all variants by themselves.
 ISA_TESTS := tests/test_isa.py tests/test_autograd.py tests/test_opinfo.py tests/test_threads.py
 # A change of one of these builds again; Ninja then compiles only what it concerns.
-CPP_SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h')
+CPP_SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 CPP_FILES := $(shell find csrc tests/native tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 help:
@@ -51,7 +51,7 @@ bench: setup
 profile: setup
 	$(PYTHON) tools/profile_kernels.py
 
-check: check-lint check-native check-simt check-isa check-package
+check: check-lint check-native check-simt check-cuda check-isa check-package
 	@echo "make check: all good"
 
 check-lint: setup
@@ -70,6 +70,11 @@ check-native: setup
 check-simt: setup
 	$(PYTHON) tools/simt_tests.py none address thread
 
+# Where nvcc is: the CUDA module for every GPU, and the registers and memory of its kernels. Nothing runs on a GPU.
+check-cuda: setup
+	$(PYTHON) tools/cuda_budget.py
+	$(PYTHON) tools/cuda_module.py
+
 # The variable itself, and the lower variants in tests that do not choose one.
 check-isa: setup
 	for isa in $(LOWER_ISAS); do \
@@ -86,4 +91,4 @@ format: setup
 	$(VENV)/bin/clang-format -i $(CPP_FILES)
 
 clean:
-	rm -rf build dist *.egg-info attnfast/_C*.so $(VENV)/.installed $(VENV)/.built
+	rm -rf build dist *.egg-info attnfast/_C*.so attnfast/_cuda*.so $(VENV)/.installed $(VENV)/.built

@@ -37,6 +37,7 @@ struct Plan {
   // Beyond that Q's fragments would not fit the registers beside the output's; they are then read again for every tile.
   static constexpr bool kKeepQueries = kHead <= 128;
   static constexpr int kSharedElements = (kRows + 4 * kKeys) * kHead;
+  static constexpr int kStepsAtOnce = kKeepQueries ? kHead / 16 : 2;
   static constexpr int kSteps = kHead / 16, kScoreTiles = kKeys / 8, kValueTiles = kHead / 8;
 };
 
@@ -167,7 +168,7 @@ __global__ void __launch_bounds__(kThreads) dot_attention_mma_kernel(DotAttentio
     for (int n = 0; n < P::kScoreTiles; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) score[n][i] = 0;
-#pragma unroll
+#pragma unroll P::kStepsAtOnce
     for (int k = 0; k < P::kSteps; ++k) {
       uint32_t* a = query[P::kKeepQueries ? k : 0];
       if constexpr (!P::kKeepQueries) {
