@@ -6,7 +6,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup test bench profile check check-lint check-native check-isa check-package format clean help
+.PHONY: setup test bench profile check check-lint check-native check-simt check-cuda check-isa check-package format clean help
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
@@ -17,8 +17,8 @@ LOWER_ISAS = $$($(PYTHON) -c 'from attnfast._ext import _C; print(*_C.available_
 # Tests that use whatever variant is in force; the semantics tests go through all variants by themselves.
 ISA_TESTS := tests/test_isa.py tests/test_autograd.py tests/test_opinfo.py tests/test_threads.py
 # A change of one of these builds again; Ninja then compiles only what it concerns.
-CPP_SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h')
-CPP_FILES := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h')
+CPP_SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP_FILES := $(shell find csrc tests/native tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -51,7 +51,7 @@ bench: setup
 profile: setup
 	$(PYTHON) tools/profile_kernels.py
 
-check: check-lint check-native check-isa check-package
+check: check-lint check-native check-simt check-cuda check-isa check-package
 	@echo "make check: all good"
 
 check-lint: setup
@@ -65,6 +65,15 @@ check-lint: setup
 # The kernels in a program of their own, once per sanitizer.
 check-native: setup
 	$(PYTHON) tools/native_tests.py address thread
+
+# The CUDA kernels on the CPU, under the SIMT emulator, and the proof that its checks find bugs.
+check-simt: setup
+	$(PYTHON) tools/simt_tests.py none address thread
+
+# Where nvcc is: the CUDA module for every GPU, and the registers and memory of its kernels. Nothing runs on a GPU.
+check-cuda: setup
+	$(PYTHON) tools/cuda_budget.py
+	$(PYTHON) tools/cuda_module.py
 
 # The variable itself, and the lower variants in tests that do not choose one.
 check-isa: setup
@@ -82,4 +91,4 @@ format: setup
 	$(VENV)/bin/clang-format -i $(CPP_FILES)
 
 clean:
-	rm -rf build dist *.egg-info attnfast/_C*.so $(VENV)/.installed $(VENV)/.built
+	rm -rf build dist *.egg-info attnfast/_C*.so attnfast/_cuda*.so $(VENV)/.installed $(VENV)/.built

@@ -163,6 +163,8 @@ def additive_call(
     """Check and prepare the arguments of :func:`additive_attention`."""
     check.choice("normalizer", normalizer, check.NORMALIZERS)
     query, key, value = _prepare._operands(query, key, value)
+    if not query.is_cpu:
+        raise NotImplementedError(f"additive_attention has no CUDA kernel yet (query on {query.device})")
     check.floating("weight", weight)
     if weight.dim() not in (1, 2):
         raise ValueError(f"weight: expected [D] or [H, D], got {check.shape_text(weight.shape)}")

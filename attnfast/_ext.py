@@ -8,7 +8,9 @@ libtorch_cpu).
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
+import importlib.util
 import platform
 import re
 import sys
@@ -122,4 +124,25 @@ def _initialise() -> ModuleType:
 if not TYPE_CHECKING:
     _C = _initialise()
 
-__all__ = ["MINIMUM_TORCH", "_C"]
+
+@functools.cache
+def has_cuda() -> bool:
+    """Whether ``attnfast._cuda`` was built. It is not loaded for that."""
+    return importlib.util.find_spec("attnfast._cuda") is not None
+
+
+@functools.cache
+def cuda_binary() -> Any:
+    """``attnfast._cuda``, loaded at the first call: when a CUDA tensor arrives, or to be reported on."""
+    try:
+        binary = importlib.import_module("attnfast._cuda")
+    except ImportError as error:
+        raise ImportError(
+            f"attnfast's CUDA kernels cannot be used: {error}\n"
+            f"  what to do: build them with `ATTNFAST_CUDA=ON pip install .` (needs nvcc), see docs/cuda.md"
+        ) from error
+    binary.init(_exchange_api())
+    return binary
+
+
+__all__ = ["MINIMUM_TORCH", "_C", "cuda_binary", "has_cuda"]

@@ -81,4 +81,4 @@ class PlainOptions(DotAttentionOptions):
 
 def draw_seed() -> Tensor:
     """int64 ``[2]``: a (seed, offset) pair from torch's CPU generator, so that ``torch.manual_seed`` rules."""
-    return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64)
+    return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device="cpu")

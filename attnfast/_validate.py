@@ -16,6 +16,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from attnfast.ops import has_cuda
+
 DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 LENGTH_DTYPES = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
 SCORES = ("dot", "scaled_dot", "cosine", "l2")
@@ -50,7 +52,7 @@ def tensor(name: str, x: Any) -> None:
         raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {x.layout}; use .to_dense()")
     if x.is_quantized:
         raise TypeError(f"{name}: quantized tensors are not supported, got {_dtype_text(x.dtype)}; use .dequantize()")
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" and not (x.device.type == "cuda" and has_cuda()):
         raise ValueError(f"{name}: this build has kernels for cpu tensors only, got a tensor on {x.device}")
 
 
@@ -68,6 +70,8 @@ def operands(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, x in (("key", key), ("value", value)):
         if x.dtype != query.dtype:
             raise TypeError(f"{name}: expected dtype {_dtype_text(query.dtype)} (query's), got {_dtype_text(x.dtype)}")
+        if x.device != query.device:
+            raise ValueError(f"{name}: expected a tensor on {query.device} (query's), got one on {x.device}")
 
 
 def score_bias(name: str, x: Any, query: Tensor) -> None:

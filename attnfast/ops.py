@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from attnfast._ext import _C
+from attnfast._ext import _C, cuda_binary, has_cuda
 from attnfast._options import (
     N_OPTION_TENSORS,
     WEIGHTS_COLUMN_SUM,
@@ -47,6 +47,7 @@ __all__ = [
     "dot_attention_bwd",
     "dot_attention_fwd",
     "draw_seed",
+    "has_cuda",
     "ordinary_call",
     "ordinary_gradient",
     "plain_bwd",
@@ -144,11 +145,19 @@ def dot_attention_fwd(
         alibi = alibi.expand(alibi_rows(query, options), heads)
     if bounds is not None:
         bounds = bounds.expand(batch, heads, rows, 2)
-    _C.dot_attention_fwd(
+    run = _forward if query.is_cpu else cuda_binary().dot_attention_fwd
+    run(
         query, key, value, out, lse, weights, index, mode, mask, bias, bias2, query_lengths, key_lengths, cu_q, cu_k,
         alibi, sink, center, seed, bounds, scale, softcap, dropout_p, prior_sigma, causal, window_left, window_right,
     )  # fmt: skip
     return out, lse, weights, index
+
+
+def _refuse_backward(query: Tensor) -> NoReturn:
+    raise NotImplementedError(
+        f"attnfast has no CUDA kernel for gradients yet (query on {query.device}); the functions of attnfast.reference "
+        "have gradients on every device"
+    )
 
 
 # Up to so many keys, the backward of a plain call needs neither out nor lse.
@@ -167,7 +176,8 @@ def plain_fwd(
         dtype = query.dtype
         # Naming a dtype costs as much again as the allocation.
         lse = query.new_empty(batch, heads, rows) if dtype in _REAL else query.new_empty(batch, heads, rows, dtype=_F32)
-    _forward(query, key, value, out, lse, *options.forward_tail)
+    run = _forward if query.is_cpu else cuda_binary().dot_attention_fwd
+    run(query, key, value, out, lse, *options.forward_tail)
     return out, lse
 
 
@@ -179,6 +189,8 @@ def plain_bwd(
 
     `grad_out` has passed ``ordinary_gradient``. Up to ``WHOLE_ROW_KEYS`` keys, `out` and `lse` may be None.
     """
+    if not query.is_cpu:
+        _refuse_backward(query)
     grad_query = _empty_like(query) if needs[0] else None
     grad_key = _empty_like(key) if needs[1] else None
     grad_value = _empty_like(value) if needs[2] else None
@@ -217,6 +229,8 @@ def dot_attention_bwd(
         scale, softcap, dropout_p, prior_sigma, causal, window_left, window_right, mode,
     ) = options  # fmt: skip
     need_query, need_key, need_value, need_bias, need_bias2, need_sink, need_center = needs
+    if not query.is_cpu:
+        _refuse_backward(query)
     shift = None
     if grad_lse is not None or grad_weights is not None:
 
@@ -406,7 +420,8 @@ def _bwd_fake(*args):  # type: ignore[no-untyped-def]
     return tuple(grads)
 
 
-LIBRARY.impl("dot_attention_fwd", _fwd_op, "CPU")
-LIBRARY.impl("dot_attention_bwd", _bwd_op, "CPU")
+for device in ("CPU", "CUDA"):
+    LIBRARY.impl("dot_attention_fwd", _fwd_op, device)
+    LIBRARY.impl("dot_attention_bwd", _bwd_op, device)
 torch.library.register_fake("attnfast::dot_attention_fwd", _fwd_fake, lib=LIBRARY)
 torch.library.register_fake("attnfast::dot_attention_bwd", _bwd_fake, lib=LIBRARY)

@@ -66,11 +66,12 @@ def test_wrong_usage_is_status_2(arguments: tuple[str, ...], capsys: pytest.Capt
 
 def test_info_tells_versions_and_isas() -> None:
     from attnfast import _C
+    from attnfast._ext import has_cuda
 
     text = run("info").stdout
     assert attnfast.__version__ in text
     assert str(torch.__version__) in text
-    assert "cuda not built" in text
+    assert ("cuda built for sm 80" if has_cuda() else "cuda not built") in text
     for name in ("baseline", "avx2", "avx512", "avx512_bf16"):
         assert f"\n  {name} " in text
     data = json.loads(run("info", "--json").stdout)

@@ -73,6 +73,37 @@ def test_intrinsics_are_in_simd_h_only() -> None:
         assert match is None, f"{path.relative_to(CSRC)} uses {match[0]}"
 
 
+def test_cuda_kernels_include_only_core_and_cuda() -> None:
+    for path in sources("cuda"):
+        for ours, name in includes(path):
+            if ours and (path.name, name) != ("ptx.cuh", "simt/ptx.h"):
+                assert name.startswith(("core/", "cuda/")), f"cuda/{path.name} includes {name}"
+            if not ours:
+                assert STANDARD.fullmatch(name), f"cuda/{path.name} includes <{name}>"
+    for path in sources("cuda/device"):
+        for _, name in includes(path):
+            assert name.startswith(("core/", "cuda/device/")) or name == "cuda/ptx.cuh", f"{path.name} includes {name}"
+
+
+def test_inline_ptx_and_launches_are_in_ptx_cuh_only() -> None:
+    """What the emulator cannot run has one place, where it has the same names."""
+    there = re.compile(r"\basm\b|<<<|__cvta|\b__shared__\b|\bextern\b")
+    assert there.search((CSRC / "cuda" / "ptx.cuh").read_text())
+    for path in sources("cuda"):
+        text = re.sub(r"//.*", "", path.read_text())
+        assert path.name == "ptx.cuh" or not there.search(text), f"{path.name} uses {there.search(text)}"
+    functions = re.compile(r"(?:ATTNFAST_DEVICE|inline) \w+ (\w+)\(")
+    real = set(functions.findall((CSRC / "cuda" / "ptx.cuh").read_text())) - {"shared_address"}
+    assert real == set(functions.findall((CSRC / "simt" / "ptx.h").read_text())) and len(real) > 15
+
+
+def test_the_emulator_is_of_no_product() -> None:
+    for folder in ("core", "cpu", "bindings", "cuda"):
+        for path in sources(folder):
+            names = [name for _, name in includes(path) if name.startswith("simt/")]
+            assert not names or path.name in {"ptx.cuh", "cuda_module.cpp"}, f"{path.name} includes {names}"
+
+
 def test_the_binary_never_sees_torch() -> None:
     for path in sources("."):
         for _, name in includes(path):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import attnfast
-from attnfast._ext import _C
+from attnfast._ext import _C, cuda_binary, has_cuda
 
 # From the lowest to the best, with what each needs; a build holds some of them.
 _ISAS = {
@@ -56,6 +56,14 @@ def _why_not_used(name: str, available: list[str], used: str) -> str:
     return f"ATTNFAST_ISA={forced} asks for another" if forced else "another was chosen at run time"
 
 
+def cuda_status() -> str:
+    """Whether the CUDA kernels are built, and for which GPUs."""
+    if not has_cuda():
+        return "not built (the build found no nvcc or no GPU; ATTNFAST_CUDA=ON builds it where nvcc is)"
+    built = cuda_binary().build_info()
+    return f"built for sm {built['architectures'].replace('-real', '').replace(';', ', ')} and later (docs/cuda.md)"
+
+
 def collect() -> dict[str, Any]:
     """Everything ``info`` shows, as plain data."""
     compiled, available, used = _C.compiled_isas(), _C.available_isas(), _C.get_isa()
@@ -80,7 +88,7 @@ def collect() -> dict[str, Any]:
             "status": {name: isa_status(name, compiled, available, used, features) for name in _ISAS},
             "cpu_features": features,
         },
-        "devices": {"cpu": "built", "cuda": "not built: this release has CPU kernels only"},
+        "devices": {"cpu": "built", "cuda": cuda_status()},
     }
 
 

@@ -21,9 +21,11 @@ extern const dlpack::ExchangeApi* g_exchange_api;
 
 class ArgReader {
  public:
-  ArgReader(const char* function, PyObject* const* items, Py_ssize_t given, Py_ssize_t count) : items_(items) {
+  ArgReader(const char* function, PyObject* const* items, Py_ssize_t given, Py_ssize_t count,
+            int32_t device_type = dlpack::kCpu)
+      : items_(items), device_type_(device_type) {
     if (g_exchange_api == nullptr) {
-      throw std::runtime_error("attnfast._C is not initialised; import attnfast instead of attnfast._C");
+      throw std::runtime_error("attnfast's binary is not initialised; import attnfast instead of the binary");
     }
     if (given != count) {
       throw py::type_error(std::string(function) + " takes " + std::to_string(count) + " positional arguments, got " +
@@ -33,10 +35,19 @@ class ArgReader {
 
   TensorView optional_tensor(const char* name) {
     PyObject* item = next();
+    return item == Py_None ? TensorView() : read(item, name);
+  }
+
+  TensorView tensor(const char* name) { return read(next(), name); }
+
+  // Of two numbers that a call brings along, in host memory whatever the device.
+  TensorView optional_host_tensor(const char* name) {
+    PyObject* item = next();
     return item == Py_None ? TensorView() : read_tensor(g_exchange_api, item, name);
   }
 
-  TensorView tensor(const char* name) { return read_tensor(g_exchange_api, next(), name); }
+  // The device of the tensors that have been read, which must be one.
+  int32_t device() const { return device_ < 0 ? 0 : device_; }
 
   int64_t integer(const char* name) {
     PyObject* item = next();
@@ -60,11 +71,22 @@ class ArgReader {
  private:
   PyObject* next() { return items_[position_++]; }
 
+  TensorView read(PyObject* item, const char* name) {
+    const TensorView view = read_tensor(g_exchange_api, item, name, device_type_);
+    if (device_ < 0) device_ = view.device;
+    if (view.device != device_) {
+      throw py::value_error(std::string(name) + ": expected a tensor on device " + std::to_string(device_) +
+                            ", as the others, got one on device " + std::to_string(view.device));
+    }
+    return view;
+  }
+
   [[noreturn]] static void wrong_type(const char* name, const char* expected, PyObject* item) {
     throw py::type_error(std::string(name) + ": expected " + expected + ", got " + Py_TYPE(item)->tp_name);
   }
 
   PyObject* const* items_;
+  int32_t device_type_, device_ = -1;
   Py_ssize_t position_ = 0;
 };
 

@@ -28,7 +28,7 @@ struct Modifiers {
     alibi_slopes = args.optional_tensor("alibi_slopes");
     sink = args.optional_tensor("sink");
     center = args.optional_tensor("prior_center");
-    seed = args.optional_tensor("seed");
+    seed = args.optional_host_tensor("seed");
     window_bounds = args.optional_tensor("window_bounds");
     if (scale != nullptr) *scale = args.number("scale");
     params.softcap = args.number("softcap");
@@ -52,6 +52,8 @@ struct CallOf {
   Params params;
   DType dtype = DType::kFloat32;
   DType real = DType::kFloat32;
+  // The tensors lie on a GPU: values of lengths are not looked at here, because that would wait for it.
+  bool on_device = false;
   int64_t rows_batch = 0;  // the first dimension of the tensors: B, or 1 for packed input
   // Copies: a kernel runs without the GIL, and a length that another thread changes after the check must do no harm.
   std::vector<int64_t> query_lengths, key_lengths, cu_seqlens_q, cu_seqlens_k;
@@ -296,6 +298,7 @@ struct CallOf {
     if (params.cu_seqlens_q != nullptr) reject(view.name, "None for packed input (cu_seqlens given)", "a tensor");
     check_buffer(view, DType::kInt64, {{"B", params.batch}});
     const int64_t* values = static_cast<const int64_t*>(view.data);
+    if (on_device) return values;
     copy.assign(values, values + view.size[0]);
     for (size_t i = 0; i < copy.size(); ++i) {
       if (copy[i] >= 0 && copy[i] <= limit) continue;

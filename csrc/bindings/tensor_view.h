@@ -14,7 +14,7 @@
 namespace attnfast {
 namespace dlpack {
 
-constexpr int32_t kCpu = 1;
+constexpr int32_t kCpu = 1, kCuda = 2;
 constexpr uint32_t kMajorVersion = 1;
 enum TypeCode : uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4, kComplex = 5, kBool = 6 };
 
@@ -68,6 +68,7 @@ struct TensorView {
   DType dtype = DType::kFloat32;
   const int64_t* size = nullptr;
   const int64_t* stride = nullptr;
+  int32_t device = 0;  // its number among those of its kind
 
   explicit operator bool() const { return name != nullptr; }
 
@@ -151,19 +152,22 @@ inline bool read_dtype(dlpack::DataType type, DType* out) {
   }
 }
 
-// Fills a view, or throws TypeError / ValueError naming the argument. The object must not be None.
-inline TensorView read_tensor(const dlpack::ExchangeApi* api, PyObject* object, const char* name) {
+// Fills a view, or throws TypeError / ValueError naming the argument. The object must not be None. `device_type` is the
+// kind of device that the kernels of this module run on.
+inline TensorView read_tensor(const dlpack::ExchangeApi* api, PyObject* object, const char* name,
+                              int32_t device_type = dlpack::kCpu) {
+  const char* kind = device_type == dlpack::kCpu ? "CPU" : "CUDA";
   dlpack::Tensor tensor;
   if (api->dltensor_from_py_object_no_sync(object, &tensor) != 0) {
     // torch says only that a cast failed; for tensors (sparse, quantized, ...) its reason is worth passing on.
     const std::string type = Py_TYPE(object)->tp_name;
     const std::string reason = take_python_error();
     const bool is_tensor = pybind11::hasattr(object, "layout");
-    throw pybind11::type_error(std::string(name) + ": expected a dense CPU tensor, got " + type +
+    throw pybind11::type_error(std::string(name) + ": expected a dense " + kind + " tensor, got " + type +
                                (is_tensor ? " (" + reason + ")" : ""));
   }
-  if (tensor.device.type != dlpack::kCpu) {
-    throw pybind11::type_error(std::string(name) + ": expected a CPU tensor, got one on DLPack device type " +
+  if (tensor.device.type != device_type) {
+    throw pybind11::type_error(std::string(name) + ": expected a " + kind + " tensor, got one on DLPack device type " +
                                std::to_string(tensor.device.type));
   }
   TensorView view;
@@ -172,6 +176,7 @@ inline TensorView read_tensor(const dlpack::ExchangeApi* api, PyObject* object, 
   view.ndim = tensor.ndim;
   view.size = tensor.shape;
   view.stride = tensor.strides;
+  view.device = tensor.device.id;
   if (!read_dtype(tensor.dtype, &view.dtype)) {
     throw pybind11::type_error(std::string(name) + ": expected dtype float64, float32, bfloat16, float16, bool, " +
                                "int64 or int8, got DLPack type code " + std::to_string(tensor.dtype.code) + " with " +

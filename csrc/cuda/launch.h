@@ -1,0 +1,56 @@
+// Host side of a launch: grid, shared memory beyond the default, and errors that name kernel and shape.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "core/params.h"
+#include "cuda/ptx.cuh"
+
+namespace attnfast::cuda {
+
+#if defined(__CUDACC__)
+using Stream = cudaStream_t;
+#else
+using Stream = void*;
+#endif
+
+inline std::string call_text(const char* kernel, const AttentionParams& p) {
+  const auto n = [](int64_t x) { return std::to_string(x); };
+  return "CUDA kernel " + std::string(kernel) + " (B=" + n(p.batch) + ", H=" + n(p.heads) + ", H_kv=" + n(p.kv_heads) +
+         ", T_q=" + n(p.query_tokens) + ", T_k=" + n(p.key_tokens) + ", D=" + n(p.head_size) +
+         ", D_v=" + n(p.value_size) + ")";
+}
+
+// A launch is asynchronous: this reports that it could not be queued, or an error that an earlier one left behind.
+inline void check_launched([[maybe_unused]] const char* kernel, [[maybe_unused]] const AttentionParams& p) {
+#if defined(__CUDACC__)
+  const cudaError_t status = cudaGetLastError();
+  if (status != cudaSuccess) throw std::runtime_error(call_text(kernel, p) + ": " + cudaGetErrorString(status));
+#endif
+}
+
+// Without leave a kernel gets 48 KiB of dynamic shared memory.
+template <class Kernel>
+void allow_shared([[maybe_unused]] Kernel kernel, [[maybe_unused]] size_t bytes, [[maybe_unused]] const char* name,
+                  [[maybe_unused]] const AttentionParams& p) {
+#if defined(__CUDACC__)
+  if (bytes <= 48 * 1024) return;
+  const cudaError_t status =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  if (status == cudaSuccess) return;
+  static_cast<void>(cudaGetLastError());  // it has been reported now
+  throw std::runtime_error(call_text(name, p) + ": " + std::to_string(bytes) +
+                           " bytes of shared memory are not to be had: " + cudaGetErrorString(status));
+#endif
+}
+
+// One block for each `rows` queries of each head and sample, numbered along x, the only dimension that is large enough.
+inline unsigned grid_of(const AttentionParams& p, int64_t rows, const char* kernel) {
+  const int64_t blocks = (p.query_tokens + rows - 1) / rows * p.heads * p.batch;
+  if (blocks > INT32_MAX) throw std::runtime_error(call_text(kernel, p) + ": more than 2^31 blocks");
+  return static_cast<unsigned>(blocks);
+}
+
+}  // namespace attnfast::cuda
