@@ -14,7 +14,7 @@ from attnfast import _validate as check
 from attnfast._memory_ops import MAX_COUNT
 from attnfast.reference import ProductKeyReadOutput, real_dtype
 
-_TABLE_DTYPES = check.DTYPES | {torch.int8}
+_TABLE_DTYPES = frozenset((*check.DTYPES, torch.int8))
 
 # --- weighted_gather ------------------------------------------------------------------------------------------------
 
@@ -114,7 +114,7 @@ def check_table(values: Any, scales: Any) -> None:
         return
     if scales is None:
         raise ValueError("scales: expected a float32 tensor [N] with values in int8, got None")
-    check.floating("scales", scales, {torch.float32})
+    check.floating("scales", scales, (torch.float32,))
     if scales.shape != values.shape[:1]:
         got = check.shape_text(scales.shape)
         raise ValueError(f"scales: expected [N] = [{values.shape[0]}] (the rows of values), got {got}")
@@ -218,7 +218,7 @@ def product_key_read(
     rows = math.prod(leading)
     flat = query.resolve_neg().reshape(rows, heads, 2, half)
     candidates = min(k, n)
-    best = []
+    best: list[Tensor] = []
     for at, keys in enumerate((row_keys.resolve_neg(), column_keys.resolve_neg())):
         found = [_memory_autograd.topk_scores(flat[:, h, at], keys[h], None, candidates, 1.0) for h in range(heads)]
         scores, indices = (
@@ -226,8 +226,11 @@ def product_key_read(
             for parts, dtype in zip(zip(*found, strict=True) if heads else ((), ()), (real, torch.int64), strict=True)
         )
         best += [scores, indices]
-    slots, row_ranks, column_ranks = _gather_autograd.product_keys(*best, n, k)
-    weights = _softmax(best[0].gather(-1, row_ranks) + best[2].gather(-1, column_ranks))
+    row_scores, row_indices, column_scores, column_indices = best
+    slots, row_ranks, column_ranks = _gather_autograd.product_keys(
+        row_scores, row_indices, column_scores, column_indices, n, k
+    )
+    weights = _softmax(row_scores.gather(-1, row_ranks) + column_scores.gather(-1, column_ranks))
     slots, weights = slots.reshape(rows, heads * k), weights.reshape(rows, heads * k)
     output = _gather_autograd.weighted_gather(slots, weights, values.resolve_neg(), scales, sparse_grad)
     output = output.reshape(*leading, values.shape[1]).to(query.dtype if values.dtype == torch.int8 else values.dtype)

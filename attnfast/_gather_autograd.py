@@ -124,7 +124,9 @@ class OperatorForward(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, *_run_backward(grad_out, *ctx.saved_tensors, ctx.needs_input_grad[1:3]), None)
+        indices, weights, values, scales = ctx.saved_tensors
+        needs = ctx.needs_input_grad[1:3]
+        return (None, *_run_backward(grad_out, indices, weights, values, scales, needs), None)
 
 
 class OperatorBackward(Function):

@@ -34,6 +34,7 @@ def kmeans(vectors: Tensor, clusters: int, *, backend: str | None = None, seed: 
                 rows.shape[1], clusters, niter=20, seed=seed, verbose=False, min_points_per_centroid=1
             )
             machine.train(rows)
+            assert machine.centroids is not None
             return torch.from_numpy(machine.centroids.copy())
     try:
         from sklearn.cluster import KMeans
