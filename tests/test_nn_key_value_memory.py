@@ -209,6 +209,15 @@ def test_sharpening_survives_small_weights_and_a_large_power(dtype: torch.dtype)
     assert all(g.isfinite().all() for g in gradients)
 
 
+def test_sharpening_keeps_zeros_and_rounds_once() -> None:
+    nothing = torch.zeros(1, 4, requires_grad=True)
+    found = sharpen(nothing, torch.full((1, 1), 2.5))
+    assert found.eq(0).all() and torch.autograd.grad(found.sum(), nothing)[0].isfinite().all()
+    weights, sharpness = rand(3, 50).softmax(-1).bfloat16(), torch.full((3, 1), 3.3).bfloat16()
+    exact = sharpen(weights.double(), sharpness.double())
+    torch.testing.assert_close(sharpen(weights, sharpness).double(), exact, rtol=2**-8, atol=1e-12)
+
+
 def test_a_sharp_head_copies_a_slot() -> None:
     """Content finds a slot, the shift moves on by one, the focus is read exactly."""
     module = NTMHead(M, M).double()

@@ -131,8 +131,8 @@ def circular_shift(weights: Tensor, shifts: Tensor) -> Tensor:
 
 
 def sharpen(weights: Tensor, sharpness: Tensor) -> Tensor:
-    """Eq. 9, ``w^gamma / sum w^gamma`` over the last dimension, in at least float32."""
+    """Eq. 9, ``w^gamma / sum w^gamma`` over the last dimension, in at least float32; weights of zero stay zero."""
     wide = weights.to(real_dtype(weights.dtype))
     largest = wide.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(wide.dtype).tiny)
-    power = (wide / largest) ** sharpness.to(wide.dtype)
-    return (power / power.sum(-1, keepdim=True)).to(weights.dtype)
+    power = (wide / largest) ** sharpness.to(wide.dtype)  # the largest is 1, so a smaller sum is that of zeros
+    return (power / power.sum(-1, keepdim=True).clamp(min=1)).to(weights.dtype)
