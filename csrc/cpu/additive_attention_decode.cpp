@@ -135,8 +135,9 @@ void decode_task(const Decode<R>& f, int64_t task) {
 
 template <class R, class T>
 void decode(const AdditiveAttentionParams& p) {
-  Decode<R> f{};
+  Decode<R> f;  // not zeroed as a whole: GCC would align it to 64 bytes, which AddressSanitizer's frames are not
   f.p = &p;
+  f.partial_out = f.partial_max = f.partial_sum = nullptr;
   f.value_pad = padded<R>(p.value_size);
   f.rows_total = p.batch * p.heads;
   f.splits = decode_splits(p);
@@ -384,8 +385,9 @@ void gradient_task(const DecodeGradient<R>& f, int64_t task) {
 
 template <class R, class T>
 void decode_gradient(const AdditiveAttentionParams& p) {
-  DecodeGradient<R> f{};
+  DecodeGradient<R> f;
   f.p = &p;
+  f.partial_query = f.partial_weight = nullptr;
   f.depth_pad = padded<R>(p.head_size);
   f.value_pad = padded<R>(p.value_size);
   f.rows_total = p.batch * p.heads;
