@@ -61,7 +61,7 @@ def cuda_status() -> str:
     if not has_cuda():
         return "not built (the build found no nvcc or no GPU; ATTNFAST_CUDA=ON builds it where nvcc is)"
     built = cuda_binary().build_info()
-    return f"built for sm {built['architectures'].replace('-real', '').replace(';', ', ')} and later (docs/cuda.md)"
+    return f"built for sm {built['architectures']} and later (docs/cuda.md)"
 
 
 def collect() -> dict[str, Any]:
