@@ -176,14 +176,14 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
 def errors(
     case: Any, peer: Peer, workload: Workload, inputs: Inputs, oracle: tuple[torch.Tensor, tuple[torch.Tensor, ...]]
 ) -> tuple[float, float | None]:
-    """Error of the output, and the largest error of any gradient (None: the peer has no backward)."""
+    """Error of the output, and the largest error of any gradient (None: the peer has no backward, or the oracle)."""
     want_out, want_grads = oracle
 
     def part(name: str, tensor: torch.Tensor) -> torch.Tensor:
         return case.oracle_part(name, workload.unpack(tensor.detach()))
 
     with peer.context():
-        if not workload.wanted:
+        if not workload.wanted or not want_grads:
             return relative_error(part("query", workload.call()), want_out), None
         try:
             out = workload.call()
