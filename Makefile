@@ -6,7 +6,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup test bench profile check check-lint check-native check-simt check-cuda check-isa check-package format clean help
+.PHONY: setup test bench profile check check-lint check-native check-simt check-cuda cuda-module check-isa check-package format clean help
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
@@ -70,9 +70,12 @@ check-native: setup
 check-simt: setup
 	$(PYTHON) tools/simt_tests.py none address thread
 
-# Where nvcc is: the CUDA module for every GPU, and the registers and memory of its kernels. Nothing runs on a GPU.
+# Where nvcc is: the registers and memory of the CUDA kernels for every GPU. Nothing runs on a GPU.
 check-cuda: setup
 	$(PYTHON) tools/cuda_budget.py
+
+# Where nvcc is: attnfast._cuda for every GPU, built apart and loaded. Not yet part of `make check`, see docs/cuda.md.
+cuda-module: setup
 	$(PYTHON) tools/cuda_module.py
 
 # The variable itself, and the lower variants in tests that do not choose one.
