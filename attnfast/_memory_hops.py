@@ -47,6 +47,7 @@ class Plan(NamedTuple):
     hops: int
     hop: str
     eps: float
+    sparse_grad: bool
 
 
 class Picked(NamedTuple):
@@ -56,9 +57,6 @@ class Picked(NamedTuple):
     indices: Tensor | None
     weights: Tensor | None
     column_sum: Tensor | None
-
-
-# --- choices --------------------------------------------------------------------------------------------------------
 
 
 def _largest(scores: Tensor, slots: Tensor, visible: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -108,6 +106,17 @@ def _rows(table: Tensor, scale: Tensor | None, slots: Tensor | slice, dtype: tor
     return rows if scale is None else rows * scale[slots].to(dtype).unsqueeze(-1)
 
 
+def _picked_rows(table: Tensor, scale: Tensor | None, slots: Tensor, real: torch.dtype) -> Tensor:
+    """Copies ``[..., D]`` of the rows in `slots` ``[...]``, 0 where the slot is -1.
+
+    They are sums of one row each, because the gradient of indexing depends on the order in which threads come along.
+    """
+    if (real is torch.float64) is not (table.dtype is torch.float64):  # a store's, which has no gradient
+        return _rows(table, scale, slots.clamp_min(0), real).masked_fill((slots < 0).unsqueeze(-1), 0.0)
+    one = torch.ones(slots.numel(), 1, dtype=real, device=slots.device)
+    return weighted_gather(slots.reshape(-1, 1), one, table, scales=scale).reshape(*slots.shape, table.shape[1])
+
+
 # --- one hop --------------------------------------------------------------------------------------------------------
 
 
@@ -151,9 +160,8 @@ def select(query: Tensor, tables: Tables, plan: Plan, mask: Tensor | None, k: in
             visible = torch.ones_like(slots, dtype=torch.bool) if seen is None else seen.expand(scores.shape)
             scores, slots = _largest(scores, slots, visible, k)
         else:
-            scores, slots = topk_scores(
-                prepared, _prepare_keys(plan, keys), min(k, stop - start), scale=plan.scale, mask=seen
-            )
+            ready = _prepare_keys(plan, keys)
+            scores, slots = topk_scores(prepared, ready, min(k, stop - start), scale=plan.scale, mask=seen)
         slots = slots.where(slots < 0, slots + start)
         if best is not None:
             # Slots of earlier blocks are lower and stand first, as ties want it.
@@ -175,25 +183,26 @@ def _read_picked(
         weights = torch.zeros(indices.shape, dtype=real, device=query.device)
         return Picked(query.new_zeros(query.shape[0], tables.values.shape[1]), indices, weights, None)
     missing = indices < 0
-    rows = indices.clamp_min(0)
     if scores is None:
-        keys = _rows(tables.keys, tables.key_scale, rows, real).masked_fill(missing.unsqueeze(-1), 0.0)
+        keys = _picked_rows(tables.keys, tables.key_scale, indices, real)
         scores = _pair_scores(plan, query.to(real).unsqueeze(1), keys).masked_fill(missing, -torch.inf)
     weights = normalize(plan.normalizer, scores, ~missing, None, None, False).weights
-    if copy or tables.value_scale is not None or tables.values.dtype is not query.dtype:
-        values = _rows(tables.values, tables.value_scale, rows, query.dtype).flatten(0, 1)
-        places = torch.arange(rows.numel(), device=rows.device).view(rows.shape).masked_fill(missing, -1)
-        return Picked(weighted_gather(places, weights, values).to(query.dtype), indices, weights, None)
-    return Picked(weighted_gather(indices, weights, tables.values).to(query.dtype), indices, weights, None)
+    values, scales = tables.values, tables.value_scale
+    if copy or (real is torch.float64) is not (values.dtype is torch.float64):
+        output = (weights.unsqueeze(-1) * _picked_rows(values, scales, indices, real)).sum(-2)
+    else:
+        output = weighted_gather(indices, weights, values, scales=scales, sparse_grad=plan.sparse_grad)
+    return Picked(output.to(query.dtype), indices, weights, None)
 
 
 def _read_topk(query: Tensor, tables: Tables, plan: Plan, mask: Tensor | None, copy: bool) -> Picked:
     assert plan.topk is not None
-    k = min(plan.topk, tables.keys.shape[0])
+    # Not min(): under torch.compile both may be symbols.
+    k = plan.topk if plan.topk <= tables.keys.shape[0] else tables.keys.shape[0]
     scores: Tensor | None = None
     if k == 0:
         indices = torch.empty(query.shape[0], 0, dtype=torch.int64, device=query.device)
-    elif plan.score == "dot" and tables.key_scale is None and tables.keys.dtype is query.dtype:
+    elif plan.score == "dot" and tables.key_scale is None and real_dtype(tables.keys.dtype) is real_dtype(query.dtype):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not copy):
             scores, indices = topk_scores(query, tables.keys, k, scale=plan.scale, mask=mask)
         scores = None if copy else scores
@@ -215,11 +224,12 @@ class Lists(NamedTuple):
     row: Tensor
 
 
-def _read_listed(query: Tensor, tables: Tables, plan: Plan, lists: Lists) -> Picked:
+def _read_listed(query: Tensor, tables: Tables, plan: Plan, lists: Lists, copy: bool) -> Picked:
     if plan.topk is not None:
-        return _read_picked(query, tables, plan, _select_listed(query, tables, plan, lists, plan.topk), None, True)
-    keys = _rows(tables.keys, tables.key_scale, lists.slots, query.dtype)
-    values = _rows(tables.values, tables.value_scale, lists.slots, query.dtype)
+        return _read_picked(query, tables, plan, _select_listed(query, tables, plan, lists, plan.topk), None, copy)
+    real = real_dtype(query.dtype)
+    keys = _picked_rows(tables.keys, tables.key_scale, lists.slots, real).to(query.dtype)
+    values = _picked_rows(tables.values, tables.value_scale, lists.slots, real).to(query.dtype)
     if plan.score == "additive":
         # Packed attention has no additive score: one call for each query.
         bounds = lists.offsets.tolist()
@@ -288,7 +298,7 @@ def read_tables(
     """
     for number in range(1, plan.hops + 1):
         if lists is not None:
-            picked = _read_listed(query, tables, plan, lists)
+            picked = _read_listed(query, tables, plan, lists, copy)
         elif plan.topk is not None:
             picked = _read_topk(query, tables, plan, mask, copy)
         else:

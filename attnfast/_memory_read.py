@@ -32,6 +32,7 @@ def memory_read(
     hops: int = 1,
     hop: str = "add",
     eps: float = 0.0,
+    sparse_grad: bool = False,
     return_aux: bool = False,
 ) -> Tensor | MemoryReadOutput:
     r"""Read a memory of N slots that all queries share.
@@ -53,8 +54,8 @@ def memory_read(
     values : Tensor
         ``[N, D_v]``; the query's dtype. More than one hop needs D_v = D.
     topk : int, optional
-        From 1 to N and at most 2048. Equal scores: the lowest slot. The choice has no derivative; what is
-        chosen has. None: no choice.
+        1 <= topk <= N, and at most 2048. Equal scores: the lowest slot. The choice has no derivative; what is chosen
+        has. None: no choice.
     score : {"dot", "cosine", "l2"} or ("additive", weight) or ("additive", weight, score_bias)
         ``q . k``; ``q . k / (max(|q|, 1e-8) max(|k|, 1e-8))``; ``-|q - k|^2``; ``sum_d weight_d tanh(q_d + k_d +
         score_bias_d)`` with vectors ``[D]``, as in :func:`attnfast.additive_attention`.
@@ -75,6 +76,9 @@ def memory_read(
     eps : float
         With ``hop="replace"``: stop as soon as no element of any query changes by more than `eps` (0: never), which
         costs one synchronisation a hop.
+    sparse_grad : bool
+        With `topk`: the gradient of values is a sparse tensor, in memory that does not depend on N
+        (:func:`attnfast.weighted_gather`).
     return_aux : bool
         Return :class:`MemoryReadOutput` ``(output, indices, weights, usage)``. For a read over all slots its weights
         are a tensor ``[..., N]``.
@@ -122,6 +126,7 @@ def memory_read(
         hops=hops,
         hop=hop,
         eps=eps,
+        sparse_grad=sparse_grad,
     )
     check.flag("return_aux", return_aux)
     leading = query.shape[:-1]
@@ -210,12 +215,12 @@ def make_plan(
     hops: Any,
     hop: Any,
     eps: Any,
+    sparse_grad: bool = False,
 ) -> Plan:
     """Check how to read; `slots` is N or the capacity, the query is checked already."""
-    if topk is not None and whole("topk", topk) > slots:
-        raise ValueError(f"topk: expected at most N = {slots}, got {topk}")
-    if topk is not None and topk > MAX_COUNT:
-        raise ValueError(f"topk: expected at most {MAX_COUNT}, got {topk}")
+    if topk is not None and whole("topk", topk) > min(slots, MAX_COUNT):
+        limit = f"N = {slots}" if slots <= MAX_COUNT else str(MAX_COUNT)
+        raise ValueError(f"topk: expected at most {limit}, got {topk}")
     name, weight, bias = _score(score, query)
     plan = Plan(
         topk=topk,
@@ -227,7 +232,10 @@ def make_plan(
         hops=whole("hops", hops),
         hop=check.choice("hop", hop, HOPS),
         eps=check.number("eps", eps, "a finite number >= 0 (0 = all hops)"),
+        sparse_grad=check.flag("sparse_grad", sparse_grad),
     )
+    if plan.sparse_grad and plan.topk is None:
+        raise ValueError("sparse_grad: only reads with topk have a sparse gradient; expected False without it")
     if plan.eps < 0:
         raise ValueError(f"eps: expected a finite number >= 0 (0 = all hops), got {plan.eps}")
     if plan.eps > 0 and plan.hop != "replace":

@@ -49,9 +49,12 @@ def memory_read(
     hops: int = 1,
     hop: str = "add",
     eps: float = 0.0,
+    sparse_grad: bool = False,
     return_aux: bool = False,
 ) -> Tensor | MemoryReadOutput:
-    """Specification of :func:`attnfast.memory_read`, in ``O(Q N D)`` memory. Arguments are not validated."""
+    """Specification of :func:`attnfast.memory_read`, in ``O(Q N D)`` memory. `sparse_grad` changes nothing here, and
+    arguments are not validated.
+    """
     leading, slots = query.shape[:-1], keys.shape[0]
     rows = leading.numel()
     real = real_dtype(query.dtype)

@@ -207,6 +207,16 @@ def test_clusters_are_those_of_the_data(backend: str, score: str) -> None:
     assert found == sorted(one + other)
 
 
+def test_with_cosine_the_length_of_a_key_does_not_matter() -> None:
+    """Directions make the clusters, although lengths from 0.01 to 100 lie much further apart."""
+    store = MemoryStore(60, 4, 3)
+    keys, names = blobs(40, CENTERS)
+    store.write(keys * torch.logspace(-3, 1, 40)[torch.randperm(40)].unsqueeze(-1), torch.randn(40, 3))
+    index = ClusterIndex(store, 4, score="cosine", backend="sklearn")
+    index.fit()
+    assert lists(index.candidates(CENTERS)) == [(names == name).nonzero().flatten().tolist() for name in range(4)]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_kmeans_is_repeatable_and_finds_the_centres(backend: str) -> None:
     vectors, _ = blobs(80, CENTERS)

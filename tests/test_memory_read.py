@@ -301,6 +301,25 @@ def test_gradients(score: str, given: dict[str, Any]) -> None:
     assert torch.autograd.gradcheck(read, inputs)
 
 
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_sparse_gradient_of_values_is_the_dense_one(listed: bool) -> None:
+    given = options(candidates=LISTS if listed else None, topk=2, score="l2")
+    query, keys, values = problem()
+    found = []
+    for sparse in (True, False):
+        table = values.clone().requires_grad_()
+        memory_read(query, keys, table, sparse_grad=sparse, **given).square().sum().backward()
+        assert table.grad is not None and table.grad.is_sparse is sparse
+        found.append(table.grad.to_dense())
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("given", [{"topk": 3}, {"topk": 2, "hops": 2}], ids=str)
+def test_second_derivatives_of_a_read_that_picks(given: dict[str, Any]) -> None:
+    inputs = [x.requires_grad_() for x in problem((2,), slots=5)]
+    assert torch.autograd.gradgradcheck(lambda *x: memory_read(*x, **given), inputs)
+
+
 def test_second_derivatives_of_a_read_over_all_slots() -> None:
     inputs = [x.requires_grad_() for x in problem((2,), slots=5)]
     assert torch.autograd.gradgradcheck(memory_read, inputs)
@@ -315,6 +334,33 @@ def test_dtypes(dtype: torch.dtype, given: dict[str, Any]) -> None:
     assert got.dtype is dtype
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
     torch.testing.assert_close(got.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("given", [{}, {"topk": 4}, {"topk": 4, "score": "cosine"}, {"topk": 3, "hops": 2}], ids=str)
+def test_compiles_in_one_graph(given: dict[str, Any]) -> None:
+    torch._dynamo.reset()  # else a topk that differs from case to case becomes a symbol
+    inputs = [x.float().requires_grad_() for x in problem()]
+    compiled = torch.compile(lambda *x: memory_read(*x, mask=MASK, **given), backend="aot_eager", fullgraph=True)
+    outputs = [read(*inputs) for read in (compiled, lambda *x: memory_read(*x, mask=MASK, **given))]
+    torch.testing.assert_close(*outputs)
+    for a, b in zip(*(torch.autograd.grad(out.square().sum(), inputs) for out in outputs)):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("given", [{}, {"topk": 40}, {"topk": 40, "score": "l2"}, {"listed": 1}], ids=str)
+def test_results_do_not_depend_on_threads(given: dict[str, Any]) -> None:
+    results = []
+    for threads in (1, 2, 2):
+        torch.set_num_threads(threads)
+        inputs = [x.float().requires_grad_() for x in problem((300,), slots=700)]
+        if "listed" in given:
+            lists = torch.arange(301) * 50, (torch.arange(300).unsqueeze(1) + torch.arange(50)).flatten()
+            output = memory_read(*inputs, candidates=lists)
+        else:
+            output = memory_read(*inputs, **given)
+        results.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 
 
 def test_reads_over_all_slots_never_hold_queries_by_slots() -> None:
@@ -388,6 +434,7 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "hop": (lambda: memory_read(Q, K, V, hop="mean"), ValueError, r"hop: expected one of 'add', 'replace'"),
     "eps": (lambda: memory_read(Q, K, V, hop="replace", eps=-1.0), ValueError, r"eps: expected a finite number >= 0"),
     "eps-add": (lambda: memory_read(Q, K, V, eps=0.1), ValueError, r'eps: only hop="replace"'),
+    "sparse": (lambda: memory_read(Q, K, V, sparse_grad=True), ValueError, r"sparse_grad: only reads with topk"),
     "aux": (lambda: memory_read(Q, K, V, return_aux="yes"), TypeError, r"return_aux: expected True or False"),
     "lists-kind": (lambda: memory_read(Q, K, V, candidates=LISTS[0]), TypeError, r"candidates: expected \(offsets"),
     "lists-dtype": (

@@ -345,7 +345,7 @@ class ClusterIndex(_Index):
 
 
 def _best(query: Tensor, centroids: Tensor, score: str, count: int) -> Tensor:
-    plan = Plan(count, score, None, None, 1.0, "softmax", 1, "add", 0.0)
+    plan = Plan(count, score, None, None, 1.0, "softmax", 1, "add", 0.0, False)
     with torch.no_grad():
         return select(query, Tables(centroids, centroids), plan, None, count)
 

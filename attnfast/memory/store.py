@@ -264,8 +264,8 @@ class MemoryStore(StoreState):
             ``[..., D]``, any floating dtype. Scores and sums are those of the rows in the query's dtype; reads over all
             slots of a table of another dtype copy the written part of it to that dtype.
         topk : int, optional
-            From 1 to the capacity and at most 2048. If fewer slots are written (or left among the
-            candidates), the rest has index -1, score -inf and weight 0.
+            1 <= topk <= capacity, and at most 2048. If fewer slots are written (or left among the candidates), the rest
+            has index -1 and weight 0.
         candidates : (offsets, slots), optional
             From an index. Slots that are free by now are left out.
         count : bool
