@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from attnfast import _gather_autograd, _memory_autograd
 from attnfast import _validate as check
-from attnfast._memory_ops import MAX_COUNT
+from attnfast._memory import pick_count
 from attnfast.reference import ProductKeyReadOutput, real_dtype
 
 _TABLE_DTYPES = frozenset((*check.DTYPES, torch.int8))
@@ -213,7 +212,7 @@ def product_key_read(
             got = f"{_name(x.dtype)} with a query of {_name(query.dtype)}"
             raise TypeError(f"{name}: expected float64 if query is and only then, got {got}")
     n = row_keys.shape[1]
-    k = _count(topk, n)
+    k = pick_count("topk", topk, n * n, "n * n")
     leading, (heads, _, half) = query.shape[:-3], query.shape[-3:]
     rows = math.prod(leading)
     flat = query.resolve_neg().reshape(rows, heads, 2, half)
@@ -264,15 +263,3 @@ def _check_product_shapes(query: Tensor, row_keys: Tensor, column_keys: Tensor, 
     if values.shape[0] != n * n:
         got = check.shape_text(values.shape)
         raise ValueError(f"values: expected [n * n, D_v] with n * n = {n * n} (n = {n} row keys), got {got}")
-
-
-def _count(topk: Any, n: int) -> int:
-    expected = f"an integer from 0 to the number of slots and at most {MAX_COUNT}"
-    if isinstance(topk, torch.SymInt):
-        return topk  # type: ignore[return-value]
-    if isinstance(topk, bool | Tensor) or not hasattr(topk, "__index__"):
-        raise TypeError(f"topk: expected {expected}, got {type(topk).__name__}")
-    k = operator.index(topk)
-    if k < 0 or k > MAX_COUNT or k > n * n:
-        raise ValueError(f"topk: expected {expected}, got {k} with n * n = {n * n}")
-    return k

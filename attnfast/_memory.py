@@ -96,7 +96,7 @@ def topk_scores(
             f"keys: expected float64 if query is and only then, got {_name(keys.dtype)} with a query of "
             f"{_name(query.dtype)}"
         )
-    k = _count(k, keys.shape[0])
+    k = pick_count("k", k, keys.shape[0])
     scale = check.number("scale", scale)
     leading = query.shape[:-1]
     rows = math.prod(leading)
@@ -111,15 +111,17 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _count(k: Any, slots: int) -> int:
+def pick_count(name: str, k: Any, slots: int, slots_name: str = "N") -> int:
+    """How many slots to choose, checked; an integer of any kind, and a symbol while torch.compile traces."""
     expected = f"an integer from 0 to the number of slots and at most {MAX_COUNT}"
-    if isinstance(k, torch.SymInt):
-        return k  # type: ignore[return-value]
-    if isinstance(k, bool | Tensor) or not hasattr(k, "__index__"):
-        raise TypeError(f"k: expected {expected}, got {type(k).__name__}")
-    k = operator.index(k)
+    if isinstance(k, bool | Tensor):
+        raise TypeError(f"{name}: expected {expected}, got {type(k).__name__}")
+    if not isinstance(k, int | torch.SymInt):
+        if not hasattr(k, "__index__"):
+            raise TypeError(f"{name}: expected {expected}, got {type(k).__name__}")
+        k = operator.index(k)
     if k < 0 or k > MAX_COUNT or k > slots:
-        raise ValueError(f"k: expected {expected}, got {k} with N = {slots}")
+        raise ValueError(f"{name}: expected {expected}, got {k} with {slots_name} = {slots}")
     return k
 
 
