@@ -389,7 +389,7 @@ def test_keys_outside_every_window_take_no_part(isa: str, core: str, kind: str, 
     for x, y in zip(clean, dirty, strict=True):
         assert x.isfinite().all()
         # A tile with something that is not finite may be computed another way, which rounds otherwise.
-        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(x, y, rtol=0.0, atol=1e-5 * float(y.abs().max()))
     assert not clean[0][0, 0, 5].any()  # a centre of NaN sees nothing, whatever the prior's centre is
     assert not clean[-1][0, 0, 5].any()
 
