@@ -61,8 +61,8 @@ ATTNFAST_INLINE const T* table_row(const WeightedGatherParams& p, int64_t slot, 
 // third of the speed. A hint only: `slot` need not be one.
 template <class T>
 ATTNFAST_INLINE void prefetch_row(const WeightedGatherParams& p, int64_t slot, int64_t first, int64_t count) {
-  const char* row =
-      reinterpret_cast<const char*>(uint64_t(p.values) + uint64_t(slot * p.values_stride[0] + first) * sizeof(T));
+  const char* row = reinterpret_cast<const char*>(
+      uint64_t(p.values) + (uint64_t(slot) * uint64_t(p.values_stride[0]) + uint64_t(first)) * sizeof(T));
   for (int64_t i = 0; i < count * int64_t(sizeof(T)); i += kLineBytes) __builtin_prefetch(row + i, 0, 2);
 }
 

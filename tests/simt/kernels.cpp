@@ -59,9 +59,12 @@ Config small_config(Random& random) {
   for (;;) {
     Config c = native::random_config(random);
     c.additive = false;
+    c.spread = 1;
     c.weights_mode = WeightsMode::kNone;
     c.want_query = c.want_key = c.want_value = false;
     c.lse_gradient = false;
+    c.bounds = -1;
+    c.prior_sigma = 0;
     if (c.sequences > 0) continue;
     c.query_tokens = random.pick<int64_t>({0, 1, 5, 33, 64, 65, 80});
     c.key_tokens = random.pick<int64_t>({0, 1, 7, 31, 64, 65, 130});
