@@ -100,25 +100,7 @@ py::object forward(PyObject* const* items, Py_ssize_t given) {
   return py::none();
 }
 
-PyObject* forward_entry(PyObject*, PyObject* const* items, Py_ssize_t given) {
-  try {
-    return forward(items, given).release().ptr();
-  } catch (py::error_already_set& error) {
-    error.restore();
-  } catch (const py::builtin_exception& error) {
-    error.set_error();
-  } catch (const std::bad_alloc&) {
-    PyErr_NoMemory();
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
-  }
-  return nullptr;
-}
-
-PyMethodDef g_functions[] = {
-    {"dot_attention_fwd", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&forward_entry)), METH_FASTCALL,
-     nullptr},
-    {nullptr, nullptr, 0, nullptr}};
+PyMethodDef g_functions[] = {op_function<forward>("dot_attention_fwd"), {nullptr, nullptr, 0, nullptr}};
 
 void init(const py::object& exchange_api_capsule) { g_exchange_api = exchange_api_from_capsule(exchange_api_capsule); }
 

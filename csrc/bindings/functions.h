@@ -4,6 +4,9 @@
 
 #include <pybind11/pybind11.h>
 
+#include <exception>
+#include <new>
+
 namespace attnfast {
 
 using OpFunction = pybind11::object(PyObject* const* items, Py_ssize_t given);
@@ -16,5 +19,27 @@ OpFunction ordinary_call, ordinary_gradient;
 
 // The objects that ordinary_call and ordinary_gradient ask about a call, in the order of TorchProbes; kept for ever.
 void set_torch_probes(const pybind11::tuple& probes);
+
+// CPython's entry of an op function; exceptions become Python's as pybind11 would make them.
+template <OpFunction* FUNCTION>
+PyObject* entry(PyObject*, PyObject* const* items, Py_ssize_t given) {
+  try {
+    return FUNCTION(items, given).release().ptr();
+  } catch (pybind11::error_already_set& error) {
+    error.restore();
+  } catch (const pybind11::builtin_exception& error) {
+    error.set_error();
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
+}
+
+template <OpFunction* FUNCTION>
+PyMethodDef op_function(const char* name) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&entry<FUNCTION>)), METH_FASTCALL, nullptr};
+}
 
 }  // namespace attnfast

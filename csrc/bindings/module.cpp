@@ -73,28 +73,6 @@ uint64_t yardstick_read(const py::buffer& memory) {
   return kernels().yardstick_read(info.ptr, info.size * info.itemsize);
 }
 
-// CPython's entry of an op function; exceptions become Python's as pybind11 would make them.
-template <py::object (*FUNCTION)(PyObject* const*, Py_ssize_t)>
-PyObject* entry(PyObject*, PyObject* const* items, Py_ssize_t given) {
-  try {
-    return FUNCTION(items, given).release().ptr();
-  } catch (py::error_already_set& error) {
-    error.restore();
-  } catch (const py::builtin_exception& error) {
-    error.set_error();
-  } catch (const std::bad_alloc&) {
-    PyErr_NoMemory();
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
-  }
-  return nullptr;
-}
-
-template <py::object (*FUNCTION)(PyObject* const*, Py_ssize_t)>
-PyMethodDef op_function(const char* name) {
-  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&entry<FUNCTION>)), METH_FASTCALL, nullptr};
-}
-
 PyMethodDef g_op_functions[] = {op_function<dot_attention_fwd>("dot_attention_fwd"),
                                 op_function<dot_attention_bwd>("dot_attention_bwd"),
                                 op_function<dot_attention_decode_obstacle>("dot_attention_decode_obstacle"),

@@ -434,22 +434,7 @@ const char* additive_attention_decode_obstacle(const AdditiveAttentionParams& p)
 
 bool additive_attention_decode(const AdditiveAttentionParams& p) {
   if (additive_attention_decode_obstacle(p)) return false;
-  switch (p.query.dtype) {
-    case DType::kFloat64:
-      decode<double, double>(p);
-      return true;
-    case DType::kFloat32:
-      decode<float, float>(p);
-      return true;
-    case DType::kBFloat16:
-      decode<float, BFloat16>(p);
-      return true;
-    case DType::kFloat16:
-      decode<float, Float16>(p);
-      return true;
-    default:
-      return false;
-  }
+  return visit_arithmetic(p.query.dtype, [&](auto r, auto t) { decode<decltype(r), decltype(t)>(p); });
 }
 
 bool additive_attention_decode_bwd(const AdditiveAttentionParams& p) {
@@ -457,22 +442,7 @@ bool additive_attention_decode_bwd(const AdditiveAttentionParams& p) {
       p.grad_bias[1].data || (p.grad_key.data && p.grad_key.stride[3] != 1) ||
       (p.grad_value.data && p.grad_value.stride[3] != 1))
     return false;
-  switch (p.query.dtype) {
-    case DType::kFloat64:
-      decode_gradient<double, double>(p);
-      return true;
-    case DType::kFloat32:
-      decode_gradient<float, float>(p);
-      return true;
-    case DType::kBFloat16:
-      decode_gradient<float, BFloat16>(p);
-      return true;
-    case DType::kFloat16:
-      decode_gradient<float, Float16>(p);
-      return true;
-    default:
-      return false;
-  }
+  return visit_arithmetic(p.query.dtype, [&](auto r, auto t) { decode_gradient<decltype(r), decltype(t)>(p); });
 }
 
 }  // namespace attnfast::ATTNFAST_ISA

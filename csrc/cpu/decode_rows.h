@@ -11,6 +11,27 @@ namespace {
 // cost up to a third of the speed.
 constexpr int64_t kDecodeChunk = 512;
 
+// Calls f(R{}, T{}) with the stored type T of a floating dtype and the type R of its arithmetic; false for the others.
+template <class F>
+bool visit_arithmetic(DType dtype, F f) {
+  switch (dtype) {
+    case DType::kFloat64:
+      f(double{}, double{});
+      return true;
+    case DType::kFloat32:
+      f(float{}, float{});
+      return true;
+    case DType::kBFloat16:
+      f(float{}, BFloat16{});
+      return true;
+    case DType::kFloat16:
+      f(float{}, Float16{});
+      return true;
+    default:
+      return false;
+  }
+}
+
 // Base-2 addends of n <= kDecodeChunk keys of the query at position 0, -inf where masked; false if the call has none.
 // Both arrays hold whole vectors; what is added past the last key is 0. Each addend is rounded before it is added, as
 // in tiles.

@@ -168,22 +168,7 @@ bool dot_attention_decode(const DotAttentionParams& p) {
   // Who asks for lse recomputes scores in tiles later, whose rounding differs from a row reduction's: with scores in
   // the hundreds the two would not cancel.
   if (p.lse || dot_attention_decode_obstacle(p)) return false;
-  switch (p.query.dtype) {
-    case DType::kFloat64:
-      decode<double, double>(p);
-      return true;
-    case DType::kFloat32:
-      decode<float, float>(p);
-      return true;
-    case DType::kBFloat16:
-      decode<float, BFloat16>(p);
-      return true;
-    case DType::kFloat16:
-      decode<float, Float16>(p);
-      return true;
-    default:
-      return false;
-  }
+  return visit_arithmetic(p.query.dtype, [&](auto r, auto t) { decode<decltype(r), decltype(t)>(p); });
 }
 
 }  // namespace attnfast::ATTNFAST_ISA
