@@ -13,6 +13,9 @@ def build_info() -> dict[str, Any]:
 def device_count() -> int:
     """Return the number of GPUs; RuntimeError with CUDA's reason if there is no driver or no GPU."""
 
+def dot_attention_workspace(query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor | None, /) -> int:
+    """Return how many elements of workspace ``dot_attention_fwd`` needs: from the shapes alone, 0 unless keys are split."""
+
 def dot_attention_fwd(
     query: Tensor,
     key: Tensor,
@@ -41,11 +44,12 @@ def dot_attention_fwd(
     causal: int,
     window_left: int,
     window_right: int,
+    workspace: Tensor | None,
     /,
 ) -> None:
     """Queue ``_C.dot_attention_fwd`` on torch's current stream of the tensors' device.
 
-    Every tensor is on that device but ``seed``, which is on the CPU. Lengths are not checked but clamped to [0, T].
-    NotImplementedError names what the kernels do not have: packed sequences, weights on request, window bounds, a
-    prior, head sizes above 256.
+    Every tensor is on that device but ``seed``, which is on the CPU. Lengths and offsets are not checked but cut to the
+    tensors. ``workspace`` is of the accumulation dtype and has as many elements as ``dot_attention_workspace`` says;
+    None for 0.
     """

@@ -21,7 +21,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from attnfast._ext import _C, cuda_binary, has_cuda
+from attnfast._cuda_ops import dot_attention_fwd as cuda_dot_attention_fwd
+from attnfast._ext import _C, has_cuda
 from attnfast._options import (
     N_OPTION_TENSORS,
     WEIGHTS_COLUMN_SUM,
@@ -145,7 +146,7 @@ def dot_attention_fwd(
         alibi = alibi.expand(alibi_rows(query, options), heads)
     if bounds is not None:
         bounds = bounds.expand(batch, heads, rows, 2)
-    run = _forward if query.is_cpu else cuda_binary().dot_attention_fwd
+    run = _forward if query.is_cpu else cuda_dot_attention_fwd
     run(
         query, key, value, out, lse, weights, index, mode, mask, bias, bias2, query_lengths, key_lengths, cu_q, cu_k,
         alibi, sink, center, seed, bounds, scale, softcap, dropout_p, prior_sigma, causal, window_left, window_right,
@@ -176,7 +177,7 @@ def plain_fwd(
         dtype = query.dtype
         # Naming a dtype costs as much again as the allocation.
         lse = query.new_empty(batch, heads, rows) if dtype in _REAL else query.new_empty(batch, heads, rows, dtype=_F32)
-    run = _forward if query.is_cpu else cuda_binary().dot_attention_fwd
+    run = _forward if query.is_cpu else cuda_dot_attention_fwd
     run(query, key, value, out, lse, *options.forward_tail)
     return out, lse
 

@@ -131,6 +131,7 @@ LAYERS = {
     "_reference_memory": 0,
     "_reference_memory_read": 0,
     "_options": 0,
+    "_cuda_ops": 0,
     "ops": 1,
     "_additive_ops": 1,
     "_gather_ops": 1,
@@ -175,7 +176,7 @@ REFERENCE = {
     "_reference_memory_read",
     "_options",
 }
-MAY_USE_BINARY = {"ops", "_additive_ops", "_gather_ops", "_memory_ops", "explain", "__init__", "cli", "benchmarks"}
+MAY_USE_BINARY = {"ops", "_cuda_ops", "_additive_ops", "_gather_ops", "_memory_ops", "explain", "__init__", "cli", "benchmarks"}
 
 
 def python_files() -> dict[str, list[Path]]:

@@ -52,7 +52,7 @@ struct CallOf {
   Params params;
   DType dtype = DType::kFloat32;
   DType real = DType::kFloat32;
-  // The tensors lie on a GPU: values of lengths are not looked at here, because that would wait for it.
+  // The tensors lie on a GPU: values of lengths and offsets are not looked at here, because that would wait for it.
   bool on_device = false;
   int64_t rows_batch = 0;  // the first dimension of the tensors: B, or 1 for packed input
   // Copies: a kernel runs without the GIL, and a length that another thread changes after the check must do no harm.
@@ -263,21 +263,22 @@ struct CallOf {
     }
     if (!given.cu_seqlens_q) return;
     if (rows_batch != 1) reject("query", "B = 1 for packed input (cu_seqlens given)", std::to_string(rows_batch));
-    copy_offsets(given.cu_seqlens_q, "T_q", params.query_tokens, cu_seqlens_q);
-    copy_offsets(given.cu_seqlens_k, "T_k", params.key_tokens, cu_seqlens_k);
-    if (cu_seqlens_q.size() != cu_seqlens_k.size()) {
-      reject("cu_seqlens_k", "N + 1 = " + std::to_string(cu_seqlens_q.size()) + " elements, as cu_seqlens_q",
-             std::to_string(cu_seqlens_k.size()));
+    params.cu_seqlens_q = set_offsets(given.cu_seqlens_q, "T_q", params.query_tokens, cu_seqlens_q);
+    params.cu_seqlens_k = set_offsets(given.cu_seqlens_k, "T_k", params.key_tokens, cu_seqlens_k);
+    const int64_t count_q = given.cu_seqlens_q.size[0], count_k = given.cu_seqlens_k.size[0];
+    if (count_q != count_k) {
+      reject("cu_seqlens_k", "N + 1 = " + std::to_string(count_q) + " elements, as cu_seqlens_q",
+             std::to_string(count_k));
     }
-    params.batch = static_cast<int64_t>(cu_seqlens_q.size()) - 1;
-    params.cu_seqlens_q = cu_seqlens_q.data();
-    params.cu_seqlens_k = cu_seqlens_k.data();
+    params.batch = count_q - 1;
   }
 
-  static void copy_offsets(const TensorView& view, const char* total_name, int64_t total, std::vector<int64_t>& copy) {
+  const int64_t* set_offsets(const TensorView& view, const char* total_name, int64_t total,
+                             std::vector<int64_t>& copy) const {
     check_buffer(view, DType::kInt64, {{"N + 1", -1}});
     if (view.size[0] < 1) reject(view.name, "at least one element", "none");
     const int64_t* values = static_cast<const int64_t*>(view.data);
+    if (on_device) return values;
     copy.assign(values, values + view.size[0]);
     if (copy.front() != 0) reject(view.name, "its first value to be 0", std::to_string(copy.front()));
     for (size_t i = 1; i < copy.size(); ++i) {
@@ -290,6 +291,7 @@ struct CallOf {
       reject(view.name, std::string("its last value to be ") + total_name + " = " + std::to_string(total),
              std::to_string(copy.back()));
     }
+    return copy.data();
   }
 
   const int64_t* set_lengths(const TensorView& view, const char* limit_name, int64_t limit,

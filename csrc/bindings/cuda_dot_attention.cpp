@@ -1,5 +1,6 @@
 // The dot-product core on CUDA: reads the arguments as attnfast._C does, and queues the kernel.
 #include <cstdint>
+#include <string>
 
 #include "bindings/attention_call.h"
 #include "bindings/cuda_call.h"
@@ -8,8 +9,20 @@
 
 namespace attnfast {
 
+py::object dot_attention_workspace(PyObject* const* items, Py_ssize_t given) {
+  ArgReader args("dot_attention_workspace", items, given, 4, kDevice);
+  const TensorView query = args.tensor("query");
+  const TensorView key = args.tensor("key");
+  const TensorView value = args.tensor("value");
+  const TensorView cu_seqlens_q = args.optional_tensor("cu_seqlens_q");
+  CallOf<DotAttentionParams> call;
+  call.set_inputs(query, key, value);
+  call.params.cu_seqlens_q = static_cast<const int64_t*>(cu_seqlens_q.data);
+  return py::int_(cuda::dot_attention_workspace(call.params));
+}
+
 py::object dot_attention_fwd(PyObject* const* items, Py_ssize_t given) {
-  ArgReader args("dot_attention_fwd", items, given, 27, kDevice);
+  ArgReader args("dot_attention_fwd", items, given, 28, kDevice);
   const TensorView query = args.tensor("query");
   const TensorView key = args.tensor("key");
   const TensorView value = args.tensor("value");
@@ -19,18 +32,21 @@ py::object dot_attention_fwd(PyObject* const* items, Py_ssize_t given) {
   const TensorView weights_index = args.optional_tensor("weights_index");
   const int64_t weights_mode = args.integer("weights_mode");
   CallOf<DotAttentionParams> call;
-  call.on_device = kDevice != dlpack::kCpu;
+  call.on_device = true;  // under the emulator too, so that it runs what a GPU does
   Modifiers modifiers;
   modifiers.read(args, call.params, &call.params.scale);
+  const TensorView workspace = args.optional_tensor("workspace");
 
   call.set_inputs(query, key, value);
   call.set_results(out, lse, weights, weights_index, weights_mode);
-  // Before their values are looked at: what the kernels do not have is refused by name.
-  call.params.cu_seqlens_q = static_cast<const int64_t*>(modifiers.cu_seqlens_q.data);
-  if (const char* missing = cuda::dot_attention_missing(call.params)) refuse(missing);
   call.set_modifiers(modifiers);
-  if (const char* missing = cuda::dot_attention_missing(call.params)) refuse(missing);
-  queue(args.device(), [&](void* stream) { cuda::dot_attention_fwd(call.params, stream); });
+  const int64_t needed = cuda::dot_attention_workspace(call.params);
+  if (workspace) {
+    check_buffer(workspace, call.real, {{"elements", needed}});
+  } else if (needed > 0) {
+    reject("workspace", "a tensor of " + std::to_string(needed) + " elements", "None");
+  }
+  queue(args.device(), [&](void* stream) { cuda::dot_attention_fwd(call.params, workspace.data, stream); });
   return py::none();
 }
 

@@ -1,5 +1,5 @@
-// The functions of attnfast._C that are not plain pybind11 ones, each with its arguments as CPython hands them over.
-// _C.pyi documents them.
+// The functions of attnfast._C and attnfast._cuda that are not plain pybind11 ones, each with its arguments as CPython
+// hands them over. _C.pyi and _cuda.pyi document them.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -12,6 +12,7 @@ namespace attnfast {
 using OpFunction = pybind11::object(PyObject* const* items, Py_ssize_t given);
 
 OpFunction dot_attention_fwd, dot_attention_bwd, dot_attention_decode_obstacle;
+OpFunction dot_attention_workspace;  // attnfast._cuda only
 OpFunction additive_attention_fwd, additive_attention_bwd, additive_attention_decode_obstacle;
 OpFunction topk_scores_fwd, topk_scores_bwd;
 OpFunction weighted_gather_fwd, weighted_gather_bwd, product_keys;

@@ -1,32 +1,69 @@
-// Which kernel takes a forward of the dot core, and what none of them has yet.
+// Which kernels take a forward of the dot core, and how it is cut into blocks.
 #include "cuda/dot_attention.h"
 
 #include "cuda/launch.h"
 
 namespace attnfast::cuda {
+namespace {
 
-const char* dot_attention_missing(const DotAttentionParams& p) {
-  if (p.head_size > 256 || p.value_size > 256) return "head sizes above 256";
-  if (p.cu_seqlens_q) return "packed sequences (cu_seqlens)";
-  if (p.weights_mode != WeightsMode::kNone) return "weights on request (return_weights)";
-  if (p.window_bounds) return "windows around centres (window_center)";
-  if (p.prior_sigma > 0.0) return "a Gaussian prior (prior)";
-  return nullptr;
+constexpr int64_t kBlocks = 256;     // about as many as a large GPU runs at once
+constexpr int64_t kRangeKeys = 256;  // at least so many keys in a range: a block has to be worth its start
+constexpr int64_t kTile = 64;        // of queries and keys, for counting; a multiple of every kernel's
+
+Parts parts_of(const DotAttentionParams& p) {
+  Parts parts;
+  parts.rows = p.batch * p.heads * p.query_tokens;
+  if (p.cu_seqlens_q || parts.rows == 0) return parts;  // of packed sequences the host knows no lengths
+  if (p.query_tokens == 1) parts.group = p.heads / p.kv_heads;
+  const int64_t blocks = p.batch * p.heads / parts.group * ((p.query_tokens * parts.group + kTile - 1) / kTile);
+  const int64_t wanted = (kBlocks + blocks - 1) / blocks, possible = p.key_tokens / kRangeKeys;
+  const int64_t splits = wanted < possible ? wanted : possible;
+  if (splits < 2) return parts;
+  const int64_t tiles = (p.key_tokens + kTile - 1) / kTile;
+  parts.share = (tiles + splits - 1) / splits * kTile;
+  parts.splits = (p.key_tokens + parts.share - 1) / parts.share;
+  return parts;
 }
+
+// One query for each head and shared key heads: the heads of a group become the rows of a tile, and keys are read once
+// for all of them. Whatever is contiguous [B, H, T_q] stays what it is.
+DotAttentionParams with_grouped_heads(const DotAttentionParams& params, int64_t group) {
+  DotAttentionParams p = params;
+  for (Tensor4* t : {&p.query, &p.out, &p.mask, &p.bias[0], &p.bias[1]}) {
+    t->stride[2] = t->stride[1];
+    t->stride[1] *= group;
+  }
+  p.window_bounds_stride[2] = p.window_bounds_stride[1];
+  p.window_bounds_stride[1] *= group;
+  p.heads = p.kv_heads;
+  p.query_tokens = group;
+  return p;
+}
+
+}  // namespace
 
 const char* dot_attention_kernel_name(const DotAttentionParams& p) {
   return dot_attention_mma_takes(p) ? "dot_attention_mma" : "dot_attention_fma";
 }
 
-void dot_attention_fwd(const DotAttentionParams& p, void* stream) {
-  if (const char* missing = dot_attention_missing(p)) {
-    throw std::runtime_error(call_text("dot_attention_fwd", p) + ": no kernel has " + missing);
+int64_t dot_attention_workspace(const DotAttentionParams& p) {
+  const Parts parts = parts_of(p);
+  return parts.splits > 1 ? parts.splits * parts.rows * (p.value_size + 2) : 0;
+}
+
+void dot_attention_fwd(const DotAttentionParams& params, void* workspace, void* stream) {
+  if (params.batch == 0 || params.heads == 0) return;
+  if (params.query_tokens > 0) {
+    Parts parts = parts_of(params);
+    parts.partial = workspace;
+    const DotAttentionParams p = parts.group > 1 ? with_grouped_heads(params, parts.group) : params;
+    if (dot_attention_mma_takes(p))
+      dot_attention_mma_fwd(p, parts, stream);
+    else
+      dot_attention_fma_fwd(p, parts, stream);
+    if (parts.splits > 1) dot_attention_merge(params, parts, stream);
   }
-  if (p.batch == 0 || p.heads == 0 || p.query_tokens == 0) return;
-  if (dot_attention_mma_takes(p))
-    dot_attention_mma_fwd(p, stream);
-  else
-    dot_attention_fma_fwd(p, stream);
+  if (params.weights_mode != WeightsMode::kNone) dot_attention_weights(params, stream);
 }
 
 }  // namespace attnfast::cuda

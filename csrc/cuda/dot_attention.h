@@ -6,19 +6,34 @@
 
 namespace attnfast::cuda {
 
-// What the kernels do not have yet and this call needs, or null. Such a call must be refused by this name.
-const char* dot_attention_missing(const DotAttentionParams& params);
-
 // The kernel that a call takes, for reports.
 const char* dot_attention_kernel_name(const DotAttentionParams& params);
 
-// Queues the forward on `stream` (a cudaStream_t). Throws std::runtime_error naming kernel and shape if it cannot be
-// launched. Lengths are clamped to [0, T]: checking them here would wait for the device.
-void dot_attention_fwd(const DotAttentionParams& params, void* stream);
+// How many Reals of workspace a forward needs; from the shapes alone.
+int64_t dot_attention_workspace(const DotAttentionParams& params);
 
-// The two kernels, each with what it takes; dot_attention_fwd chooses.
+// Queues the forward on `stream` (a cudaStream_t); it owns `workspace` until it is done. Throws std::runtime_error
+// naming kernel and shape if it cannot be launched. Lengths and offsets are cut to the tensors: checking them here
+// would wait for the device.
+void dot_attention_fwd(const DotAttentionParams& params, void* workspace, void* stream);
+
+// How a forward is cut beyond its tiles of queries. From shapes alone, so that the same call gives the same bits on any
+// GPU.
+struct Parts {
+  int64_t group = 1;        // > 1: T_q is 1, and the heads of a key head are the rows of a tile (params are changed)
+  int64_t splits = 1;       // ranges of keys, each the work of blocks of its own
+  int64_t share = 0;        // keys of one range, whole tiles of any kernel
+  int64_t rows = 0;         // B * H * T_q
+  void* partial = nullptr;  // if splits > 1, Real: out [splits][rows][D_v], maxima [splits][rows], sums [splits][rows]
+};
+
+// The kernels, each with what it takes; dot_attention_fwd chooses.
 bool dot_attention_mma_takes(const DotAttentionParams& params);
-void dot_attention_mma_fwd(const DotAttentionParams& params, void* stream);
-void dot_attention_fma_fwd(const DotAttentionParams& params, void* stream);
+void dot_attention_mma_fwd(const DotAttentionParams& params, const Parts& parts, void* stream);
+void dot_attention_fma_fwd(const DotAttentionParams& params, const Parts& parts, void* stream);
+// Adds up the ranges in their order.
+void dot_attention_merge(const DotAttentionParams& params, const Parts& parts, void* stream);
+// Weights on request, when lse is there.
+void dot_attention_weights(const DotAttentionParams& params, void* stream);
 
 }  // namespace attnfast::cuda

@@ -7,7 +7,7 @@
 // chunk c of row r lies at chunk c ^ (r % 8): eight rows of one column of chunks, which ldmatrix wants at once, are
 // then in different banks. A lane with g = lane / 4 and t = lane % 4 holds rows g and g + 8, and columns 2 t and 2 t +
 // 1 of every eight.
-#include "cuda/device/rows.cuh"
+#include "cuda/device/parts.cuh"
 #include "cuda/dot_attention.h"
 #include "cuda/launch.h"
 
@@ -111,7 +111,7 @@ ATTNFAST_DEVICE bool has_strange_values(const uint16_t* values) {
 }
 
 template <class T, int kHead>
-__global__ void __launch_bounds__(kThreads) dot_attention_mma_kernel(DotAttentionParams p) {
+__global__ void __launch_bounds__(kThreads) dot_attention_mma_kernel(DotAttentionParams p, Parts parts) {
   using P = Plan<kHead>;
   constexpr int kKeys = P::kKeys;
   ATTNFAST_SHARED(shared);
@@ -120,17 +120,23 @@ __global__ void __launch_bounds__(kThreads) dot_attention_mma_kernel(DotAttentio
   uint16_t* value_tiles = key_tiles + 2 * kKeys * kHead;
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int g = lane / 4, t = lane % 4;
-  const Rows rows = rows_of_block(p, kRows);
-  const int64_t b = rows.sequence.tensor_batch, keys = rows.sequence.keys;
-  const uint16_t* key_data = static_cast<const uint16_t*>(p.key.data) + offset4(p.key, b, rows.kv_head, 0, 0);
-  const uint16_t* value_data = static_cast<const uint16_t*>(p.value.data) + offset4(p.value, b, rows.kv_head, 0, 0);
-  const bool modified = is_modified(p);
+  // In shared memory, because registers are short in the loop.
+  Rows& rows = *reinterpret_cast<Rows*>(value_tiles + 2 * kKeys * kHead);
+  const Rows found = rows_of_part(p, kRows, parts, blockIdx.x);
+  if (threadIdx.x == 0) rows = found;
+  __syncthreads();
+  const int64_t keys = rows.sequence.keys;
+  const uint16_t* key_data = static_cast<const uint16_t*>(p.key.data) + key_offset(rows, p.key);
+  const uint16_t* value_data = static_cast<const uint16_t*>(p.value.data) + key_offset(rows, p.value);
+  const bool modified = is_modified(p), factored = has_factor(p);
   const int64_t first_tile = rows.key_begin / kKeys * kKeys;
 
-  start_rows<kHead>(queries, static_cast<const uint16_t*>(p.query.data) + offset4(p.query, b, rows.head, 0, 0),
+  start_rows<kHead>(queries, static_cast<const uint16_t*>(p.query.data) + query_offset(rows, p.query),
                     p.query.stride[2], rows.first, kRows, rows.last, p.head_size);
-  start_rows<kHead>(key_tiles, key_data, p.key.stride[2], first_tile, kKeys, keys, p.head_size);
-  start_rows<kHead>(value_tiles, value_data, p.value.stride[2], first_tile, kKeys, keys, p.value_size);
+  if (first_tile < rows.key_end) {
+    start_rows<kHead>(key_tiles, key_data, p.key.stride[2], first_tile, kKeys, keys, p.head_size);
+    start_rows<kHead>(value_tiles, value_data, p.value.stride[2], first_tile, kKeys, keys, p.value_size);
+  }
   ptx::copy_async_commit();
 
   float out[P::kValueTiles][4];
@@ -207,6 +213,7 @@ __global__ void __launch_bounds__(kThreads) dot_attention_mma_kernel(DotAttentio
       const float shrink = ptx::exp2_fast(maximum[r] - shift);
       maximum[r] = largest;
       sum[r] *= shrink;
+      const RowPrior<float> prior = prior_row_of<float>(p, rows, q, key);
 #pragma unroll
       for (int n = 0; n < P::kScoreTiles; ++n) {
 #pragma unroll
@@ -215,7 +222,7 @@ __global__ void __launch_bounds__(kThreads) dot_attention_mma_kernel(DotAttentio
           const bool hidden = s == negative_infinity<float>();
           float weight = hidden ? -0.0f : ptx::exp2_fast(s - shift);
           sum[r] += weight;
-          if (p.dropout_p > 0.0 && !hidden) weight = drop(p, rows, q, key + n * 8 + 2 * t + e, weight);
+          if (factored && !hidden) weight = apply_factor(p, rows, prior, q, key, n * 8 + 2 * t + e, weight);
           s = weight;
         }
       }
@@ -253,34 +260,46 @@ __global__ void __launch_bounds__(kThreads) dot_attention_mma_kernel(DotAttentio
     sum[r] += __shfl_xor_sync(0xFFFFFFFFu, sum[r], 2);
     const int64_t q = rows.first + warp * 16 + g + 8 * r;
     if (q >= rows.last) continue;
-    const float factor = close_row_of(p, rows, q, maximum[r], sum[r], t == 0);
-    uint16_t* row = static_cast<uint16_t*>(p.out.data) + offset4(p.out, b, rows.head, q, 0);
+    const Finish<float> to = finish_row(p, rows, parts, blockIdx.x, q, maximum[r], sum[r], t == 0);
+    if (parts.splits > 1) {
+      float* row = static_cast<float*>(to.data) + to.offset;
+#pragma unroll
+      for (int n = 0; n < P::kValueTiles; ++n) {
+        const int c = n * 8 + 2 * t;
+        if (c >= p.value_size) continue;
+        row[c] = out[n][2 * r];
+        row[c + 1] = out[n][2 * r + 1];
+      }
+      continue;
+    }
+    uint16_t* row = static_cast<uint16_t*>(to.data) + to.offset;
 #pragma unroll
     for (int n = 0; n < P::kValueTiles; ++n) {
       const int c = n * 8 + 2 * t;
       if (c >= p.value_size) continue;
-      *reinterpret_cast<uint32_t*>(row + c) = T::pack(out[n][2 * r] * factor, out[n][2 * r + 1] * factor);
+      *reinterpret_cast<uint32_t*>(row + c) = T::pack(out[n][2 * r] * to.scale, out[n][2 * r + 1] * to.scale);
     }
   }
 }
 
 template <class T, int kHead>
-void launch(const DotAttentionParams& p, Stream stream) {
-  constexpr size_t kBytes = Plan<kHead>::kSharedElements * sizeof(uint16_t);
+void launch(const DotAttentionParams& p, const Parts& parts, Stream stream) {
+  constexpr size_t kBytes = Plan<kHead>::kSharedElements * sizeof(uint16_t) + sizeof(Rows);
   allow_shared(dot_attention_mma_kernel<T, kHead>, kBytes, T::kName, p);
-  ATTNFAST_LAUNCH((dot_attention_mma_kernel<T, kHead>), grid_of(p, kRows, T::kName), kThreads, kBytes, stream, p);
+  ATTNFAST_LAUNCH((dot_attention_mma_kernel<T, kHead>), grid_of(p, kRows, T::kName, parts.splits), kThreads, kBytes,
+                  stream, p, parts);
   check_launched(T::kName, p);
 }
 
 template <class T>
-void launch_by_size(const DotAttentionParams& p, Stream stream) {
+void launch_by_size(const DotAttentionParams& p, const Parts& parts, Stream stream) {
   const int64_t size = p.head_size > p.value_size ? p.head_size : p.value_size;
   if (size <= 64)
-    launch<T, 64>(p, stream);
+    launch<T, 64>(p, parts, stream);
   else if (size <= 128)
-    launch<T, 128>(p, stream);
+    launch<T, 128>(p, parts, stream);
   else
-    launch<T, 256>(p, stream);
+    launch<T, 256>(p, parts, stream);
 }
 
 // Rows that start at multiples of 16 bytes and have no gaps.
@@ -294,15 +313,16 @@ bool has_aligned_rows(const Tensor4& x, int64_t size) {
 
 bool dot_attention_mma_takes(const DotAttentionParams& p) {
   return (p.query.dtype == DType::kBFloat16 || p.query.dtype == DType::kFloat16) && p.head_size > 0 &&
-         p.value_size > 0 && has_aligned_rows(p.query, p.head_size) && has_aligned_rows(p.key, p.head_size) &&
-         has_aligned_rows(p.value, p.value_size) && has_aligned_rows(p.out, p.value_size);
+         p.value_size > 0 && p.head_size <= 256 && p.value_size <= 256 && has_aligned_rows(p.query, p.head_size) &&
+         has_aligned_rows(p.key, p.head_size) && has_aligned_rows(p.value, p.value_size) &&
+         has_aligned_rows(p.out, p.value_size);
 }
 
-void dot_attention_mma_fwd(const DotAttentionParams& p, void* stream) {
+void dot_attention_mma_fwd(const DotAttentionParams& p, const Parts& parts, void* stream) {
   if (p.query.dtype == DType::kBFloat16)
-    launch_by_size<BFloat16>(p, static_cast<Stream>(stream));
+    launch_by_size<BFloat16>(p, parts, static_cast<Stream>(stream));
   else
-    launch_by_size<Float16>(p, static_cast<Stream>(stream));
+    launch_by_size<Float16>(p, parts, static_cast<Stream>(stream));
 }
 
 }  // namespace attnfast::cuda

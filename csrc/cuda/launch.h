@@ -46,11 +46,16 @@ void allow_shared([[maybe_unused]] Kernel kernel, [[maybe_unused]] size_t bytes,
 #endif
 }
 
-// One block for each `rows` queries of each head and sample, numbered along x, the only dimension that is large enough.
-inline unsigned grid_of(const AttentionParams& p, int64_t rows, const char* kernel) {
-  const int64_t blocks = (p.query_tokens + rows - 1) / rows * p.heads * p.batch;
+inline unsigned checked_grid(const AttentionParams& p, int64_t blocks, const char* kernel) {
   if (blocks > INT32_MAX) throw std::runtime_error(call_text(kernel, p) + ": more than 2^31 blocks");
   return static_cast<unsigned>(blocks);
+}
+
+// `copies` blocks for each `rows` queries of each head and sample, numbered along x, the only dimension that is large
+// enough. Of packed sequences the host knows no lengths: see packed_tile in device/rows.cuh.
+inline unsigned grid_of(const AttentionParams& p, int64_t rows, const char* kernel, int64_t copies = 1) {
+  const int64_t tiles = p.cu_seqlens_q ? p.query_tokens / rows + p.batch : (p.query_tokens + rows - 1) / rows * p.batch;
+  return checked_grid(p, tiles * p.heads * copies, kernel);
 }
 
 }  // namespace attnfast::cuda

@@ -2,8 +2,11 @@
 // (tests/native), on exact-size buffers, under every kind of schedule; and the counts that the main tiles must have.
 //
 //   attnfast_simt_dot_attention [--cases N] [--first N]
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <string>
+#include <vector>
 
 #include "compare.h"
 #include "cuda/dot_attention.h"
@@ -17,41 +20,126 @@ using native::Config;
 using native::Problem;
 using native::Random;
 
-// A call small enough for the emulator and within what the kernels have.
+// A call small enough for the emulator.
 Config small_config(Random& random) {
   for (;;) {
     Config c = native::random_config(random);
     c.additive = false;
     c.spread = 1;
-    c.weights_mode = WeightsMode::kNone;
     c.want_query = c.want_key = c.want_value = false;
     c.lse_gradient = false;
-    c.bounds = -1;
-    c.prior_sigma = 0;
-    if (c.sequences > 0) continue;
     c.query_tokens = random.pick<int64_t>({0, 1, 5, 33, 64, 65, 80});
     c.key_tokens = random.pick<int64_t>({0, 1, 7, 31, 64, 65, 130});
     if (random.chance(60)) c.head_size = random.pick<int64_t>({8, 16, 64, 72, 128, 136, 256});
     if (random.chance(70)) c.value_size = c.head_size;
     if (random.chance(50)) c.dtype = random.pick({DType::kBFloat16, DType::kFloat16});
-    if (c.head_size <= 256 && c.value_size <= 256 && c.batch * c.heads <= 4) return c;
+    if (random.chance(15)) {  // keys are split
+      c.sequences = 0;
+      c.query_tokens = random.pick<int64_t>({1, 1, 3});
+      c.key_tokens = random.pick<int64_t>({512, 600, 800});
+      c.head_size = c.value_size = random.pick<int64_t>({8, 16, 24});
+    } else if (random.chance(8)) {  // features are split
+      c.query_tokens = random.pick<int64_t>({1, 9});
+      c.key_tokens = random.pick<int64_t>({5, 40});
+      c.head_size = random.pick<int64_t>({0, 40, 264, 520});
+      c.value_size = random.pick<int64_t>({260, 264, 513});
+    }
+    if (c.batch * c.heads <= 4) return c;
   }
 }
 
-bool g_took_mma = false, g_took_fma = false;
+// What the cases so far had.
+struct Seen {
+  bool mma = false, fma = false, packed = false, split = false, grouped = false, large = false, bounds = false,
+       prior = false, weights[4] = {};
+  bool all() const {
+    return mma && fma && packed && split && grouped && large && bounds && prior && weights[1] && weights[2] &&
+           weights[3];
+  }
+};
+Seen g_seen;
+
+void remember(const Config& c, const DotAttentionParams& params) {
+  if (c.query_tokens == 0 || c.key_tokens == 0) return;
+  (cuda::dot_attention_mma_takes(params) ? g_seen.mma : g_seen.fma) = true;
+  g_seen.packed = g_seen.packed || c.sequences > 0;
+  const bool split = cuda::dot_attention_workspace(params) > 0;
+  g_seen.split = g_seen.split || split;
+  g_seen.grouped = g_seen.grouped || (split && c.query_tokens == 1 && c.heads > c.kv_heads);
+  g_seen.large = g_seen.large || c.head_size > 256;
+  g_seen.bounds = g_seen.bounds || c.bounds >= 0;
+  g_seen.prior = g_seen.prior || c.prior_sigma > 0;
+  g_seen.weights[static_cast<int>(c.weights_mode)] = true;
+}
+
+// Runs the kernels on a workspace of the exact size, NaN at first; what the emulator reports, or "".
+std::string run(const DotAttentionParams& params, DType real) {
+  const size_t bytes = static_cast<size_t>(cuda::dot_attention_workspace(params) * native::element_size(real));
+  std::vector<unsigned char> workspace(bytes, 0xFF);
+  return reported([&] { cuda::dot_attention_fwd(params, bytes > 0 ? workspace.data() : nullptr, nullptr); });
+}
+
+// The row maximum's argument is a key that has it.
+std::string check_row_maximum(const Config& c, const native::Results& results, const native::Expected& expected,
+                              double relative) {
+  for (int64_t b = 0; b < c.batch; ++b)
+    for (int64_t h = 0; h < c.heads; ++h)
+      for (int64_t i = 0; i < c.query_tokens; ++i) {
+        const int64_t index = results.weights_index[static_cast<size_t>((b * c.heads + h) * c.query_tokens + i)];
+        const double largest = expected.weights.get(b, h, i, 0);
+        const std::string at = " at row " + std::to_string(i) + ": " + std::to_string(index);
+        if (index < -1 || index >= c.key_tokens) return "weights_index out of range" + at;
+        if (index == -1 && largest > 0) return "weights_index is -1 for a visible row" + at;
+        if (index >= 0 && expected.row_weights.get(b, h, i, index) < largest - 4 * relative) {
+          return "weights_index is not the maximum" + at;
+        }
+      }
+  return "";
+}
 
 std::string check(const Problem& problem) {
   native::Results results(problem);
   const DotAttentionParams params = results.dot_params(problem);
-  if (const char* missing = cuda::dot_attention_missing(params)) return std::string("not supported: ") + missing;
-  if (params.query_tokens > 0) (cuda::dot_attention_mma_takes(params) ? g_took_mma : g_took_fma) = true;
-  const std::string report = reported([&] { cuda::dot_attention_fwd(params, nullptr); });
+  remember(problem.config, params);
+  const std::string report = run(params, problem.real());
   if (!report.empty()) return report;
   const native::Expected expected = native::forward_by_definition(problem);
   const double relative = tolerance(problem.config.dtype);
-  const std::string error = compare("out", results.out, expected.out, relative);
-  return error.empty() ? compare("lse", results.lse, expected.lse, relative) : error;
+  std::string error = compare("out", results.out, expected.out, relative);
+  if (error.empty()) error = compare("lse", results.lse, expected.lse, relative);
+  if (error.empty() && results.weights) error = compare("weights", results.weights, expected.weights, relative);
+  if (error.empty() && !results.weights_index.empty()) {
+    error = check_row_maximum(problem.config, results, expected, relative);
+  }
+  return error;
 }
+
+#if !defined(__SANITIZE_THREAD__)  // nonsense may give a row to two blocks: a race, but within the tensors
+// Offsets that nobody has looked at: whatever they hold, nothing outside of the tensors is touched.
+void check_offsets(int64_t cases) {
+  for (int64_t number = 0; number < cases; ++number) {
+    Random random(static_cast<uint64_t>(number) * 2 + 1);
+    Config c;
+    c.dtype = random.pick({DType::kFloat32, DType::kBFloat16});
+    c.query_tokens = random.pick<int64_t>({1, 40, 70});
+    c.key_tokens = random.pick<int64_t>({1, 40, 70});
+    c.sequences = random.pick<int64_t>({1, 2, 5});
+    c.weights_mode = random.pick({WeightsMode::kFull, WeightsMode::kColumnSum, WeightsMode::kRowMax});
+    c.causal = random.pick({Causal::kNone, Causal::kBottomRight});
+    if (random.chance(50)) c.prior_sigma = 2;
+    if (random.chance(50)) c.bounds = 7;
+    Problem problem(c, random.next());
+    for (std::vector<int64_t>* offsets : {&problem.cu_seqlens_q, &problem.cu_seqlens_k})
+      for (int64_t& offset : *offsets) {
+        offset = random.chance(30) ? random.pick({INT64_MIN, INT64_MAX, int64_t{-1}}) : random.below(150) - 40;
+      }
+    native::Results results(problem);
+    set_seed(static_cast<uint32_t>(number));
+    const std::string report = run(results.dot_params(problem), problem.real());
+    expect(report.empty(), "offsets " + std::to_string(number) + ": " + report + "\n  " + c.text());
+  }
+}
+#endif
 
 // The main tiles of the tensor-core kernel, whole ones: no bank conflicts, and as many instructions as the products
 // need.
@@ -99,7 +187,10 @@ int main(int count, char** arguments) {
     const std::string error = check(problem);
     expect(error.empty(), "case " + std::to_string(number) + ": " + error + "\n  " + config.text());
   }
-  if (cases >= 60) expect(g_took_mma && g_took_fma, "both kernels were tried");
+  if (cases >= 60) expect(g_seen.all(), "every kernel and what it has were tried");
+#if !defined(__SANITIZE_THREAD__)
+  check_offsets(cases / 4);
+#endif
   for (int64_t size : {64, 128, 256}) check_counts(DType::kBFloat16, size);
   check_counts(DType::kFloat16, 64);
   std::printf("simt dot_attention: %lld cases, %d failures\n", static_cast<long long>(cases), g_failures);
