@@ -14,7 +14,7 @@ def device_count() -> int:
     """Return the number of GPUs; RuntimeError with CUDA's reason if there is no driver or no GPU."""
 
 def dot_attention_workspace(query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor | None, /) -> int:
-    """Return how many elements of workspace ``dot_attention_fwd`` needs: from the shapes alone, 0 unless keys are split."""
+    """Return the elements of workspace that ``dot_attention_fwd`` needs, by shapes alone; 0 unless keys are split."""
 
 def dot_attention_fwd(
     query: Tensor,

@@ -176,7 +176,17 @@ REFERENCE = {
     "_reference_memory_read",
     "_options",
 }
-MAY_USE_BINARY = {"ops", "_cuda_ops", "_additive_ops", "_gather_ops", "_memory_ops", "explain", "__init__", "cli", "benchmarks"}
+MAY_USE_BINARY = {
+    "ops",
+    "_cuda_ops",
+    "_additive_ops",
+    "_gather_ops",
+    "_memory_ops",
+    "explain",
+    "__init__",
+    "cli",
+    "benchmarks",
+}
 
 
 def python_files() -> dict[str, list[Path]]:

@@ -6,6 +6,7 @@ takes the place of the CPU's forward, so that the calls and the expectations are
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
@@ -16,17 +17,21 @@ import torch
 from torch import Tensor
 
 import attnfast
-from attnfast import ops, reference
+from attnfast import _cuda_ops, ops, reference
 
 SEEDS = range(4)  # one of each kind of schedule
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+def take_over(simt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_forward", functools.partial(_cuda_ops.dot_attention_fwd_of, simt))
 
 
 @pytest.fixture
 def backend(simt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """Forwards of the dot core run under the emulator, and did: a test that never launched a kernel fails."""
     simt.set_seed(0)
-    monkeypatch.setattr(ops, "_forward", simt.dot_attention_fwd)
+    take_over(simt, monkeypatch)
     before = simt.launches()
     yield simt
     assert simt.launches() > before, "no kernel was launched"
@@ -44,6 +49,8 @@ def operands(dtype: torch.dtype, heads: int, kv_heads: int, rows: int, keys: int
 def options_of(name: str, query: Tensor, key: Tensor) -> dict[str, Any]:
     shape = (2, query.shape[1], query.shape[2], key.shape[2])
     generator = torch.Generator().manual_seed(5)
+    real = reference.real_dtype(query.dtype)
+    center = torch.rand(shape[:3], generator=generator, dtype=real) * shape[3]
     return {
         "plain": {},
         "causal": {"causal": "top_left"},
@@ -56,9 +63,12 @@ def options_of(name: str, query: Tensor, key: Tensor) -> dict[str, Any]:
         },
         "mask": {"mask": torch.rand(shape, generator=generator) < 0.6},
         "bias": {"bias": torch.randn(shape[2:], generator=generator).to(query.dtype)},
-        "alibi": {"alibi_slopes": torch.rand(shape[1], generator=generator, dtype=reference.real_dtype(query.dtype))},
-        "sink": {"sink": torch.randn(shape[1], generator=generator, dtype=reference.real_dtype(query.dtype))},
+        "alibi": {"alibi_slopes": torch.rand(shape[1], generator=generator, dtype=real)},
+        "sink": {"sink": torch.randn(shape[1], generator=generator, dtype=real)},
         "softcap": {"softcap": 2.0, "scale": -0.7},
+        "window_center": {"window": (4, 6), "window_center": center, "return_weights": "row_max"},
+        "prior": {"prior": ("gaussian", center, 5.0), "return_weights": "column_sum"},
+        "weights": {"causal": "top_left", "sink": torch.zeros(shape[1], dtype=real), "return_weights": "full"},
     }[name]
 
 
@@ -68,15 +78,22 @@ def check(dtype: torch.dtype, call: Any, *args: Any, **kwargs: Any) -> None:
     wide_options = {
         name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in kwargs.items()
     }
+    if "prior" in kwargs:
+        wide_options["prior"] = ("gaussian", kwargs["prior"][1].double(), kwargs["prior"][2])
     wanted = getattr(reference, call.__name__)(*wide, return_lse=True, **wide_options)
     limit = TOLERANCE[dtype]
     scale = max(1.0, wanted.output.abs().max().item()) if wanted.output.numel() else 1.0
     assert got.output.dtype == dtype
     torch.testing.assert_close(got.output.double(), wanted.output, rtol=0, atol=limit * scale)
     torch.testing.assert_close(got.lse.double(), wanted.lse, rtol=limit, atol=10 * limit)
+    if kwargs.get("return_weights"):
+        torch.testing.assert_close(got.weights.double(), wanted.weights, rtol=limit, atol=2 * limit)
 
 
-OPTIONS = ("plain", "causal", "bottom_right", "window", "lengths", "mask", "bias", "alibi", "sink", "softcap")
+OPTIONS = (
+    "plain", "causal", "bottom_right", "window", "lengths", "mask", "bias", "alibi", "sink", "softcap",
+    "window_center", "prior", "weights",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
@@ -91,13 +108,23 @@ def test_options_under_every_schedule(backend: ModuleType, dtype: torch.dtype, n
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("rows", "keys", "size", "value_size"),
-    [(1, 1, 1, 1), (3, 0, 8, 8), (0, 4, 8, 8), (65, 129, 64, 64), (16, 40, 72, 136), (5, 33, 256, 256), (9, 9, 0, 8)],
+    [
+        (1, 1, 1, 1),
+        (3, 0, 8, 8),
+        (0, 4, 8, 8),
+        (65, 129, 64, 64),
+        (16, 40, 72, 136),
+        (5, 33, 256, 256),
+        (9, 9, 0, 8),
+        (3, 20, 300, 8),
+        (3, 20, 8, 520),
+    ],
 )
 def test_shapes(
     simt: ModuleType, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, rows: int, keys: int, size: int,
     value_size: int,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(ops, "_forward", simt.dot_attention_fwd)
+    take_over(simt, monkeypatch)
     before = simt.launches()
     check(dtype, attnfast.attention, *operands(dtype, 2, 2, rows, keys, size, value_size), scale=0.3)
     assert simt.launches() == before + (rows > 0)
@@ -130,43 +157,138 @@ def test_what_is_masked_takes_no_part(backend: ModuleType, dtype: torch.dtype) -
     assert not seen[..., 3:].any() and not seen[..., :2].any()
 
 
-def test_dropout_is_the_cpu_s(simt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    query, key, value = operands(torch.float64, 2, 2, 37, 70, 16, 16)
-    torch.manual_seed(3)
-    expected = attnfast.attention(query, key, value, dropout_p=0.4)
-    monkeypatch.setattr(ops, "_forward", simt.dot_attention_fwd)
-    torch.manual_seed(3)
-    torch.testing.assert_close(attnfast.attention(query, key, value, dropout_p=0.4), expected, rtol=0, atol=1e-13)
+def packed_calls() -> dict[str, dict[str, Any]]:
+    generator = torch.Generator().manual_seed(6)
+    center = torch.rand(2, 150, generator=generator) * 60
+    return {
+        "plain": {},
+        "bottom_right": {"causal": "bottom_right", "return_weights": "full"},
+        "alibi": {
+            "alibi_slopes": torch.rand(5, 2, generator=generator),
+            "window": (20, 3),
+            "return_weights": "row_max",
+        },
+        "mask and bias": {
+            "mask": torch.rand(150, 170, generator=generator) < 0.5,
+            "bias": torch.randn(2, 150, 170, generator=generator),
+            "return_weights": "column_sum",
+        },
+        "center": {"window": (9, 9), "window_center": center},
+        "prior": {"prior": ("gaussian", center, 3.0), "return_weights": "column_sum"},
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_schedules_change_no_bit(backend: ModuleType, dtype: torch.dtype) -> None:
-    query, key, value = operands(dtype, 2, 1, 70, 130, 32, 32)
+@pytest.mark.parametrize("name", list(packed_calls()))
+def test_packed_sequences(backend: ModuleType, dtype: torch.dtype, name: str) -> None:
+    """Tiles begin in the middle of nothing: lengths of 0, 1, one tile and more."""
+    query, key, value = (
+        torch.randn(n, h, 16, generator=torch.Generator().manual_seed(n + h)).to(dtype)
+        for n, h in ((150, 2), (170, 1), (170, 1))
+    )
+    cu_q, cu_k = torch.tensor([0, 1, 1, 66, 70, 150]), torch.tensor([0, 60, 64, 64, 65, 170])
+    options = packed_calls()[name]
+    for seed in SEEDS[:2]:
+        backend.set_seed(seed)
+        check(dtype, attnfast.varlen_attention, query, key, value, cu_q, cu_k, 80, 105, **options)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize(
+    ("heads", "rows"), [(2, 1), (6, 1), (2, 3)], ids=["one query", "grouped heads", "three queries"]
+)
+def test_long_keys_are_split(backend: ModuleType, dtype: torch.dtype, heads: int, rows: int) -> None:
+    query, key, value = operands(dtype, heads, 2, rows, 700, 16, 24)
+    assert backend.dot_attention_workspace(query, key, value, None) == 2 * (2 * heads * rows) * (24 + 2)
+    real = reference.real_dtype(dtype)
+    slopes, sink = torch.rand(heads, dtype=real) * 0.01, torch.randn(heads, dtype=real)
+    mask = torch.rand(2, heads, rows, 700) < 0.9
+    lengths = torch.tensor([700, 300])
+    before = backend.launches()
+    check(
+        dtype, attnfast.attention, query, key, value, causal="bottom_right", alibi_slopes=slopes, sink=sink, mask=mask
+    )
+    check(dtype, attnfast.attention, query, key, value, key_lengths=lengths, query_lengths=torch.tensor([rows, 0]))
+    center = torch.rand(2, heads, rows, dtype=real) * 700
+    prior = ("gaussian", center, 30.0)
+    check(dtype, attnfast.attention, query, key, value, window=(40, 200), window_center=center, prior=prior)
+    assert backend.launches() == before + 6
+
+
+def test_heads_that_share_keys_share_a_tile(simt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys are read once for all of them: the instructions are those of one head."""
+    take_over(simt, monkeypatch)
+    counts = []
+    for heads in (1, 4):
+        query, key, value = operands(torch.bfloat16, heads, 1, 1, 64, 16, 16)
+        before = simt.mma_instructions()
+        check(torch.bfloat16, attnfast.attention, query, key, value)
+        counts.append(simt.mma_instructions() - before)
+    assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize("kind", ["attention", "decode", "packed"])
+def test_dropout_is_the_cpu_s(simt: ModuleType, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    heads, rows, keys = (6, 1, 700) if kind == "decode" else (2, 37, 70)
+    query, key, value = operands(torch.float64, heads, 2, rows, keys, 16, 16)
+    center = torch.rand(2, heads, rows, dtype=torch.float64) * keys
+
+    def call() -> Any:
+        torch.manual_seed(3)
+        options = {"dropout_p": 0.4, "return_weights": "full"}
+        if kind != "packed":
+            return attnfast.attention(query, key, value, prior=("gaussian", center, 30.0), **options)  # type: ignore[arg-type]
+        tokens = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
+        cu_q, cu_k = torch.tensor([0, 40, 74]), torch.tensor([0, 31, 140])
+        return attnfast.varlen_attention(*tokens, cu_q, cu_k, 40, 109, **options)  # type: ignore[arg-type]
+
+    expected = call()
+    take_over(simt, monkeypatch)
+    got = call()
+    torch.testing.assert_close(got.output, expected.output, rtol=0, atol=1e-13)
+    torch.testing.assert_close(got.weights, expected.weights, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_the_most_negative_number_hides_nothing(backend: ModuleType, dtype: torch.dtype) -> None:
+    query, key, value = operands(dtype, 1, 1, 5, 40, 16, 16)
+    bias = torch.zeros(5, 40, dtype=dtype)
+    bias[1], bias[2, 3:], bias[3, :20] = torch.finfo(dtype).min, torch.finfo(dtype).min, -math.inf
+    bias[3, 20:] = torch.finfo(dtype).min
+    for mode in ("full", "column_sum", "row_max"):
+        check(dtype, attnfast.attention, query, key, value, bias=bias, return_weights=mode)
+    got = attnfast.attention(query, key, value, bias=bias, return_weights="full")
+    torch.testing.assert_close(got.weights[:, :, 1], torch.full_like(got.weights[:, :, 1], 1 / 40), rtol=1e-2, atol=0)
+    assert not got.weights[:, :, 3, :20].any()
+
+
+def test_row_maxima(backend: ModuleType) -> None:
+    """Among equals the lowest key, NaN before all, -1 where nothing is seen."""
+    query = torch.zeros(1, 1, 4, 8)
+    key, value = torch.zeros(1, 1, 40, 8), torch.randn(1, 1, 40, 8)
+    mask = torch.ones(4, 40, dtype=torch.bool)
+    mask[1, :19] = mask[2] = False
+    options = ops.DotAttentionOptions(mask=mask[None, None], weights_mode=ops.WEIGHTS_ROW_MAX)
+    _, _, weights, index = ops.dot_attention_fwd(query, key, value, None, None, None, None, options, True)
+    assert weights is not None and index is not None
+    torch.testing.assert_close(weights[0, 0], torch.tensor([1 / 40, 1 / 21, 0, 1 / 40]))
+    assert index[0, 0].tolist() == [0, 19, -1, 0]
+    key[0, 0, 7, 0] = math.nan
+    _, _, weights, index = ops.dot_attention_fwd(query, key, value, None, None, None, None, options, True)
+    assert weights is not None and index is not None
+    assert weights[0, 0].isnan().tolist() == [True, False, False, True] and index[0, 0, 1:3].tolist() == [19, -1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("rows", "keys"), [(70, 130), (1, 600)])
+def test_schedules_change_no_bit(backend: ModuleType, dtype: torch.dtype, rows: int, keys: int) -> None:
+    query, key, value = operands(dtype, 2, 1, rows, keys, 32, 32)
     results = []
     for seed in range(8):
         backend.set_seed(seed)
-        results.append(attnfast.attention(query, key, value, causal="top_left"))
-    assert all(torch.equal(result, results[0]) for result in results)
-
-
-def test_what_the_kernels_do_not_have_is_refused_by_name(simt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_forward", simt.dot_attention_fwd)
-    before = simt.launches()
-    query, key, value = operands(torch.float32, 1, 1, 4, 4, 8, 8)
-    large = torch.zeros(1, 1, 4, 257)
-    packed, offsets = torch.zeros(4, 1, 8), torch.tensor([0, 4])
-    center = torch.zeros(2, 1, 4)
-    calls = {
-        "weights on request": lambda: attnfast.attention(query, key, value, return_weights=True),
-        "head sizes above 256": lambda: attnfast.attention(large, large, large),
-        "packed sequences": lambda: attnfast.varlen_attention(packed, packed, packed, offsets, offsets, 4, 4),
-        "window_center": lambda: attnfast.attention(query, key, value, window=(1, 1), window_center=center),
-        "Gaussian prior": lambda: attnfast.attention(query, key, value, prior=("gaussian", center, 1.0)),
-    }
-    for what, call in calls.items():
-        with pytest.raises(NotImplementedError, match=f"attnfast has no simt kernel with .*{what}"):
-            call()
-    assert simt.launches() == before
+        results.append(attnfast.attention(query, key, value, causal="bottom_right", return_weights="column_sum"))
+    assert all(torch.equal(result.output, results[0].output) for result in results)
+    assert all(torch.equal(result.weights, results[0].weights) for result in results)
 
 
 def test_a_cuda_call_without_a_backward_says_so() -> None:
@@ -175,8 +297,25 @@ def test_a_cuda_call_without_a_backward_says_so() -> None:
         ops.plain_bwd(query, query, query, query, None, None, None, (True, True, True))  # type: ignore[arg-type]
 
 
-def test_kernels_check_lengths_that_they_can_see(backend: ModuleType) -> None:
+def test_lengths_and_offsets_are_cut_to_the_tensors(backend: ModuleType) -> None:
+    """A GPU's are not looked at before the launch, and the emulator's are treated as a GPU's."""
     query, key, value = operands(torch.float32, 1, 1, 4, 4, 8, 8)
-    with pytest.raises(ValueError, match="key_lengths: expected values from 0 to T_k = 4, got 5 at index 1"):
-        attnfast.attention(query, key, value, key_lengths=torch.tensor([1, 5]))
-    attnfast.attention(query, key, value)
+    lengths = {"query_lengths": torch.tensor([4, 2]), "key_lengths": torch.tensor([1, 4])}
+    beyond = {"query_lengths": torch.tensor([9, 2]), "key_lengths": torch.tensor([1, 5])}
+    expected = attnfast.attention(query, key, value, **lengths)  # type: ignore[arg-type]
+    assert torch.equal(attnfast.attention(query, key, value, **beyond), expected)  # type: ignore[arg-type]
+    tokens = [x[0].transpose(0, 1) for x in (query, key, value)]
+    expected = attnfast.varlen_attention(*tokens, *[torch.tensor([0, 1, 4])] * 2, 4, 4)
+    assert torch.equal(attnfast.varlen_attention(*tokens, *[torch.tensor([0, 1, 9])] * 2, 4, 4), expected)
+
+
+def test_a_wrong_workspace_is_refused(simt: ModuleType) -> None:
+    query, key, value = operands(torch.float32, 1, 1, 1, 600, 8, 8)
+    size = simt.dot_attention_workspace(query, key, value, None)
+    tail = (torch.empty_like(query), None, None, None, 0, *[None] * 12, 1.0, 0.0, 0.0, 0.0, 0, -1, -1)
+    with pytest.raises(ValueError, match=f"workspace: expected a tensor of {size} elements, got None"):
+        simt.dot_attention_fwd(query, key, value, *tail, None)
+    with pytest.raises(ValueError, match="workspace: expected shape"):
+        simt.dot_attention_fwd(query, key, value, *tail, torch.empty(size - 1))
+    with pytest.raises(TypeError, match="workspace: expected dtype float32"):
+        simt.dot_attention_fwd(query, key, value, *tail, torch.empty(size).double())
