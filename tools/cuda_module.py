@@ -29,7 +29,7 @@ except RuntimeError as error:
     print("no GPU:", error)
 x = torch.zeros(1, 1, 1, 8)
 try:
-    _cuda.dot_attention_fwd(x, x, x, x, *[None] * 3, 0, *[None] * 12, 1.0, 0.0, 0.0, 0.0, 0, -1, -1)
+    _cuda.dot_attention_fwd(x, x, x, x, *[None] * 3, 0, *[None] * 12, 1.0, 0.0, 0.0, 0.0, 0, -1, -1, None)
 except TypeError as error:
     assert "query: expected a CUDA tensor" in str(error), error
 else:
