@@ -255,8 +255,12 @@ def test_the_most_negative_number_hides_nothing(backend: ModuleType, dtype: torc
     bias = torch.zeros(5, 40, dtype=dtype)
     bias[1], bias[2, 3:], bias[3, :20] = torch.finfo(dtype).min, torch.finfo(dtype).min, -math.inf
     bias[3, 20:] = torch.finfo(dtype).min
+    wide = [x.double() for x in (query, key, value)]
     for mode in ("full", "column_sum", "row_max"):
-        check(dtype, attnfast.attention, query, key, value, bias=bias, return_weights=mode)
+        got = attnfast.attention(query, key, value, bias=bias, return_weights=mode)
+        wanted = reference.attention(*wide, bias=bias.double(), return_weights=mode)
+        torch.testing.assert_close(got.output.double(), wanted.output, rtol=0, atol=4 * TOLERANCE[dtype])
+        torch.testing.assert_close(got.weights.double(), wanted.weights, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     got = attnfast.attention(query, key, value, bias=bias, return_weights="full")
     torch.testing.assert_close(got.weights[:, :, 1], torch.full_like(got.weights[:, :, 1], 1 / 40), rtol=1e-2, atol=0)
     assert not got.weights[:, :, 3, :20].any()
