@@ -40,7 +40,11 @@ __global__ void __launch_bounds__(kThreads, 2) dot_attention_fma_kernel(DotAtten
     value_begin = block % chunks * kHead;
     block /= chunks;
   }
-  const Rows rows = rows_of_part(p, P::kRows, parts, block);
+  // In shared memory, because registers are short in the loop.
+  Rows& rows = *reinterpret_cast<Rows*>(weights + P::kRows * P::kWeightPitch);
+  const Rows found = rows_of_part(p, P::kRows, parts, block);
+  if (threadIdx.x == 0) rows = found;
+  __syncthreads();
   const bool modified = is_modified(p), factored = has_factor(p);
 
   if constexpr (!kLarge) {
@@ -151,7 +155,7 @@ __global__ void __launch_bounds__(kThreads, 2) dot_attention_fma_kernel(DotAtten
 template <class R, int kHead, bool kLarge = false>
 void launch(const DotAttentionParams& p, const Parts& parts, Stream stream) {
   constexpr const char* kName = sizeof(R) == 4 ? "dot_attention_fma<float>" : "dot_attention_fma<double>";
-  constexpr size_t kBytes = kSharedElements<R, kHead> * sizeof(R);
+  constexpr size_t kBytes = kSharedElements<R, kHead> * sizeof(R) + sizeof(Rows);
   const int64_t copies = parts.splits * (kLarge ? value_chunks(p) : 1);
   allow_shared(dot_attention_fma_kernel<R, kHead, kLarge>, kBytes, kName, p);
   ATTNFAST_LAUNCH((dot_attention_fma_kernel<R, kHead, kLarge>), grid_of(p, Plan<R, kHead>::kRows, kName, copies),

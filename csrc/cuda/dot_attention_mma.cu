@@ -111,7 +111,7 @@ ATTNFAST_DEVICE bool has_strange_values(const uint16_t* values) {
 }
 
 template <class T, int kHead>
-__global__ void __launch_bounds__(kThreads) dot_attention_mma_kernel(DotAttentionParams p, Parts parts) {
+__global__ void __launch_bounds__(kThreads, 2) dot_attention_mma_kernel(DotAttentionParams p, Parts parts) {
   using P = Plan<kHead>;
   constexpr int kKeys = P::kKeys;
   ATTNFAST_SHARED(shared);
