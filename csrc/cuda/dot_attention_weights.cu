@@ -20,17 +20,27 @@ using Shape = Plan<R, kDepth>;
 template <class R>
 constexpr int kSharedElements = (Shape<R>::kRows + Shape<R>::kKeys) * Shape<R>::kPitch;
 
-// A block's tiles in shared memory, and a thread's place among them.
+// A block's tiles in shared memory, its rows there too, because registers are short, and a thread's place among them.
 template <class R>
 struct Tiles {
   R *queries, *keys;
+  Rows* rows;
   int tx, ty;
 };
 template <class R>
 ATTNFAST_DEVICE Tiles<R> tiles_in(unsigned char* shared) {
   R* queries = reinterpret_cast<R*>(shared);
+  R* keys = queries + Shape<R>::kRows * Shape<R>::kPitch;
+  Rows* rows = reinterpret_cast<Rows*>(queries + kSharedElements<R>);
   const int thread = static_cast<int>(threadIdx.x);
-  return {queries, queries + Shape<R>::kRows * Shape<R>::kPitch, thread % kColumnGroups, thread / kColumnGroups};
+  return {queries, keys, rows, thread % kColumnGroups, thread / kColumnGroups};
+}
+// Every thread of the block comes here.
+template <class R>
+ATTNFAST_DEVICE const Rows& share_rows(const Tiles<R>& tiles, const Rows& found) {
+  if (threadIdx.x == 0) *tiles.rows = found;
+  __syncthreads();
+  return *tiles.rows;
 }
 
 // Scores, base 2, of the rows from q0 and the keys from `key` on.
@@ -149,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, 2) dot_attention_row_weights_kernel(
   constexpr int kMine = Shape<R>::kRowsOfThread, kKeys = Shape<R>::kKeys;
   ATTNFAST_SHARED(shared);
   const Tiles<R> tiles = tiles_in<R>(shared);
-  const Rows rows = rows_of_block(p, Shape<R>::kRows);
+  const Rows& rows = share_rows(tiles, rows_of_block(p, Shape<R>::kRows));
   if (rows.first >= rows.last) return;
   const bool full = p.weights_mode == WeightsMode::kFull;
   const int64_t begin = rows.key_begin / kKeys * kKeys;
@@ -229,7 +239,7 @@ __global__ void __launch_bounds__(kThreads, 2) dot_attention_column_weights_kern
   const int64_t block = blockIdx.x;
   PackedTile tile = {block / per_head / p.heads, block % per_head};
   if (p.cu_seqlens_k) tile = packed_tile(p.cu_seqlens_k, p.batch, p.key_tokens, kKeys, tile.index);
-  const Rows rows = rows_of_head(p, tile.batch, block / per_head % p.heads, 1);
+  const Rows& rows = share_rows(tiles, rows_of_head(p, tile.batch, block / per_head % p.heads, 1));
   const int64_t key = tile.index * kKeys, columns = p.cu_seqlens_k ? rows.sequence.keys : p.key_tokens;
   if (tile.index < 0 || key >= columns) return;
   int64_t begin = 0, end = key < rows.sequence.keys ? rows.sequence.queries : 0;
@@ -264,7 +274,7 @@ __global__ void __launch_bounds__(kThreads, 2) dot_attention_column_weights_kern
 template <class R>
 void launch(const DotAttentionParams& p, Stream stream) {
   constexpr const char* kName = sizeof(R) == 4 ? "dot_attention_weights<float>" : "dot_attention_weights<double>";
-  constexpr size_t kBytes = kSharedElements<R> * sizeof(R);
+  constexpr size_t kBytes = kSharedElements<R> * sizeof(R) + sizeof(Rows);
   static_assert(kBytes <= 48 * 1024);
   if (p.weights_mode == WeightsMode::kColumnSum) {
     const int64_t keys = Shape<R>::kKeys;
