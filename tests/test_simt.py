@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -167,12 +167,6 @@ def test_what_the_kernels_do_not_have_is_refused_by_name(simt: ModuleType, monke
         with pytest.raises(NotImplementedError, match=f"attnfast has no simt kernel with .*{what}"):
             call()
     assert simt.launches() == before
-
-
-def test_a_cuda_call_without_a_backward_says_so() -> None:
-    query = SimpleNamespace(is_cpu=False, device="cuda:0")
-    with pytest.raises(NotImplementedError, match=r"no CUDA kernel for gradients yet \(query on cuda:0\)"):
-        ops.plain_bwd(query, query, query, query, None, None, None, (True, True, True))  # type: ignore[arg-type]
 
 
 def test_kernels_check_lengths_that_they_can_see(backend: ModuleType) -> None:

@@ -53,4 +53,14 @@ inline unsigned grid_of(const AttentionParams& p, int64_t rows, const char* kern
   return static_cast<unsigned>(blocks);
 }
 
+inline unsigned checked_blocks(int64_t blocks, const AttentionParams& p, const char* kernel) {
+  if (blocks > INT32_MAX) throw std::runtime_error(call_text(kernel, p) + ": more than 2^31 blocks");
+  return static_cast<unsigned>(blocks);
+}
+
+// One block for each `rows` of `tokens` of each of `heads` heads of each sample.
+inline unsigned blocks_of(const AttentionParams& p, int64_t tokens, int64_t rows, int64_t heads, const char* kernel) {
+  return checked_blocks((tokens + rows - 1) / rows * heads * p.batch, p, kernel);
+}
+
 }  // namespace attnfast::cuda
