@@ -21,7 +21,8 @@ bool dot_attention_mma_takes(const DotAttentionParams& params);
 void dot_attention_mma_fwd(const DotAttentionParams& params, void* stream);
 void dot_attention_fma_fwd(const DotAttentionParams& params, void* stream);
 
-// The same of the gradients. params.delta is a workspace of three planes [B, H, T_q]; gradients of biases are overwritten.
+// The same of the gradients. params.delta is a workspace of three planes [B, H, T_q]; gradients of biases are
+// overwritten.
 const char* dot_attention_bwd_missing(const DotAttentionParams& params);
 const char* dot_attention_bwd_kernel_name(const DotAttentionParams& params);
 void dot_attention_bwd(const DotAttentionParams& params, void* stream);

@@ -2,8 +2,8 @@
 // By fused multiply-adds, 16-bit operands widened to float32.
 //
 // A block owns a tile of the gradient and goes through everything that adds to it, always in the same order: samples,
-// heads, tiles of queries and of keys, as far as the bias broadcasts over them. Within a tile each thread keeps the sums
-// of its places; over a broadcast dimension these are added up at the end.
+// heads, tiles of queries and of keys, as far as the bias broadcasts over them. Within a tile each thread keeps the
+// sums of its places; over a broadcast dimension these are added up at the end.
 #include "cuda/device/fma_tiles.cuh"
 #include "cuda/device/gradients.cuh"
 #include "cuda/dot_attention.h"

@@ -62,9 +62,9 @@ template <class R, int kHead, bool kByKeys>
 __global__ void __launch_bounds__(kFmaThreads, 2) dot_attention_bwd_fma_kernel(DotAttentionParams p) {
   using P = Plan<R, kHead>;
   ATTNFAST_SHARED(shared);
-  R* own_first = reinterpret_cast<R*>(shared);  // K or Q
-  R* own_second = own_first + P::kRows * P::kPitch;  // V or dO
-  R* tile_first = own_second + P::kRows * P::kPitch;  // Q or K
+  R* own_first = reinterpret_cast<R*>(shared);                                 // K or Q
+  R* own_second = own_first + P::kRows * P::kPitch;                            // V or dO
+  R* tile_first = own_second + P::kRows * P::kPitch;                           // Q or K
   R* tile_second = tile_first + (P::kTwoTiles ? P::kColumns * P::kPitch : 0);  // dO or V
   R* weights = tile_second + P::kColumns * P::kPitch;
   R* grads = weights + P::kRows * P::kWeightPitch;

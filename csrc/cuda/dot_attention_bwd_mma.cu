@@ -2,10 +2,10 @@
 // dot_attention_bwd_fma.cu.
 //
 // A warp has 16 of the 64 rows that its block owns: queries for dQ, keys for dK and dV. Tiles of the other side come by
-// cp.async into two buffers, the next while the last is used, in the pass by keys with what a query brings (gradients.cuh)
-// beside them. Both products of a tile, own rows times the tile's, stay in registers: their C fragments, made into
-// probabilities and score gradients and rounded to 16 bits, are the A fragments of what is added to the sums. In the pass
-// by keys the products are those of K Q^T and V dO^T, so that nothing is transposed.
+// cp.async into two buffers, the next while the last is used, in the pass by keys with what a query brings
+// (gradients.cuh) beside them. Both products of a tile, own rows times the tile's, stay in registers: their C
+// fragments, made into probabilities and score gradients and rounded to 16 bits, are the A fragments of what is added
+// to the sums. In the pass by keys the products are those of K Q^T and V dO^T, so that nothing is transposed.
 #include "cuda/device/gradients.cuh"
 #include "cuda/device/mma_tiles.cuh"
 #include "cuda/dot_attention.h"
@@ -24,7 +24,7 @@ struct Plan {
 };
 
 template <class T, int kHead, bool kByKeys, int kSums>
-__global__ void __launch_bounds__(kMmaThreads) dot_attention_bwd_mma_kernel(DotAttentionParams p) {
+__global__ void __launch_bounds__(kMmaThreads, 2) dot_attention_bwd_mma_kernel(DotAttentionParams p) {
   using P = Plan<kHead, kByKeys>;
   constexpr int kTile = P::kTile, kTileElements = kTile * kHead;
   ATTNFAST_SHARED(shared);
@@ -115,8 +115,8 @@ __global__ void __launch_bounds__(kMmaThreads) dot_attention_bwd_mma_kernel(DotA
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int column = n * 8 + 2 * t + e;
-          const QueryValues<float> of_query = {values[kDeltaPlane * kTile + column], values[kBasePlane * kTile + column],
-                                               values[kLogPlane * kTile + column]};
+          const QueryValues<float> of_query = {values[kDeltaPlane * kTile + column],
+                                               values[kBasePlane * kTile + column], values[kLogPlane * kTile + column]};
           TileRow<float> row = {};
           if (!plain) row = tile_row_of<float>(p, block.rows, modified, first + column, block.own, kMmaRows);
 #pragma unroll
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kMmaThreads) dot_attention_bwd_mma_kernel(DotA
   }
   ptx::copy_async_wait<0>();  // what no visible pair asked for may still be on its way
 
-  const auto store = [&](const Tensor4& to, const float(*sum)[4], int64_t size, float factor) {
+  const auto store = [&](const Tensor4& to, const float (*sum)[4], int64_t size, float factor) {
     if (!to.data) return;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -220,9 +220,9 @@ void launch_by_size(const DotAttentionParams& p, Stream stream) {
 bool dot_attention_mma_bwd_takes(const DotAttentionParams& p) {
   const auto takes = [](const Tensor4& x, int64_t size) { return !x.data || rows_are_aligned(x, size); };
   return (p.query.dtype == DType::kBFloat16 || p.query.dtype == DType::kFloat16) && p.head_size > 0 &&
-         p.value_size > 0 && takes(p.query, p.head_size) && takes(p.key, p.head_size) &&
-         takes(p.value, p.value_size) && takes(p.grad_out, p.value_size) && takes(p.grad_query, p.head_size) &&
-         takes(p.grad_key, p.head_size) && takes(p.grad_value, p.value_size);
+         p.value_size > 0 && takes(p.query, p.head_size) && takes(p.key, p.head_size) && takes(p.value, p.value_size) &&
+         takes(p.grad_out, p.value_size) && takes(p.grad_query, p.head_size) && takes(p.grad_key, p.head_size) &&
+         takes(p.grad_value, p.value_size);
 }
 
 void dot_attention_mma_bwd(const DotAttentionParams& p, void* stream) {

@@ -142,10 +142,10 @@ std::string check(const Problem& problem, uint32_t other_seed) {
   const Run again(problem, expected);
   if (!again.report.empty()) return again.report;
   const Results& s = again.results;
-  const HostTensor* const first[] = {&r.grad_query, &r.grad_key, &r.grad_value, &r.grad_bias[0], &r.grad_bias[1],
-                                     &r.grad_sink};
-  const HostTensor* const second[] = {&s.grad_query, &s.grad_key, &s.grad_value, &s.grad_bias[0], &s.grad_bias[1],
-                                      &s.grad_sink};
+  const HostTensor* const first[] = {&r.grad_query,   &r.grad_key,     &r.grad_value,
+                                     &r.grad_bias[0], &r.grad_bias[1], &r.grad_sink};
+  const HostTensor* const second[] = {&s.grad_query,   &s.grad_key,     &s.grad_value,
+                                      &s.grad_bias[0], &s.grad_bias[1], &s.grad_sink};
   for (size_t i = 0; i < 6; ++i)
     if (!first[i]->same_bytes(*second[i])) return "another schedule gives other bits";
   return "";
@@ -174,8 +174,9 @@ void check_counts(DType dtype, int64_t size) {
   // Two blocks a pass, each with 64 rows of two tensors of its own and all 128 of the two others; by keys also three
   // numbers for each query.
   const int64_t by_keys = apart ? 2 : 1;
-  expect(count.async_copies == static_cast<uint64_t>(2 * ((1 + by_keys) * 2 * (64 + 128) * size / 8 + by_keys * 3 * 128)),
-         "cp.async: " + std::to_string(count.async_copies));
+  expect(
+      count.async_copies == static_cast<uint64_t>(2 * ((1 + by_keys) * 2 * (64 + 128) * size / 8 + by_keys * 3 * 128)),
+      "cp.async: " + std::to_string(count.async_copies));
 }
 
 }  // namespace

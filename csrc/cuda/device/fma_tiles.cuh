@@ -1,8 +1,8 @@
 // Tiles of the gradient kernels that multiply by fused multiply-adds, in float64 or float32.
 //
 // A block has 8 x 16 threads. A half-warp owns rows ty, ty + 8, ... of what the block owns: of a product of tiles the
-// columns tx, tx + 16, ..., of a sum 16 bytes of every group of columns. Rows in shared memory are 16 bytes longer than a
-// multiple of 128: eight neighbours then start in different banks.
+// columns tx, tx + 16, ..., of a sum 16 bytes of every group of columns. Rows in shared memory are 16 bytes longer than
+// a multiple of 128: eight neighbours then start in different banks.
 #pragma once
 
 #include "cuda/device/rows.cuh"

@@ -2,8 +2,8 @@
 // give to the gradients.
 //
 // A pass by queries owns rows of queries and of grad_out and walks along keys and values; a pass by keys owns keys and
-// values and walks along the queries and grad_out of every head that reads them. Each writes what it owns, so nothing is
-// added to by two blocks.
+// values and walks along the queries and grad_out of every head that reads them. Each writes what it owns, so nothing
+// is added to by two blocks.
 #pragma once
 
 #include "cuda/device/rows.cuh"
@@ -59,10 +59,10 @@ ATTNFAST_DEVICE Rows rows_at(const AttentionParams& p, int64_t batch, int64_t he
 }
 
 struct GradientBlock {
-  Rows rows;              // its first head; by keys, first and last are set for each tile of queries
-  int64_t own, own_end;   // rows that it writes
-  int64_t own_valid;      // from here on they are padding
-  int64_t begin, end;     // what it walks along, for each of `heads` heads
+  Rows rows;             // its first head; by keys, first and last are set for each tile of queries
+  int64_t own, own_end;  // rows that it writes
+  int64_t own_valid;     // from here on they are padding
+  int64_t begin, end;    // what it walks along, for each of `heads` heads
   int64_t heads;
 };
 
@@ -104,8 +104,8 @@ ATTNFAST_DEVICE bool enter_tile(GradientBlock& g, int64_t first, int64_t own_row
 }
 
 // From query times key in `product` and grad_out times value in `grad`: the weight that meets the value, and the
-// gradient of the score before the soft cap if `through_cap`, else after it. Both are -0 where the query may not see the
-// key, whatever that holds; no other weight or gradient has that value.
+// gradient of the score before the soft cap if `through_cap`, else after it. Both are -0 where the query may not see
+// the key, whatever that holds; no other weight or gradient has that value.
 template <class R>
 ATTNFAST_DEVICE void differentiate(const DotAttentionParams& p, const Rows& rows, const TileRow<R>& row,
                                    const QueryValues<R>& values, bool plain, bool modified, bool through_cap, int64_t q,

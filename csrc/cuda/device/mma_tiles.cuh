@@ -1,9 +1,9 @@
 // Tiles of the gradient kernels that multiply on tensor cores: 16-bit rows in shared memory, and sums in C fragments.
 //
-// Rows are a multiple of 128 bytes, and the 16-byte chunk c of row r lies at chunk c ^ (r % 8): eight rows of one column
-// of chunks, which ldmatrix wants at once, are then in different banks. A block has four warps, a warp 16 rows of what the
-// block owns; a lane with g = lane / 4 and t = lane % 4 holds of a C fragment rows g and g + 8, and columns 2 t and 2 t +
-// 1 of every eight.
+// Rows are a multiple of 128 bytes, and the 16-byte chunk c of row r lies at chunk c ^ (r % 8): eight rows of one
+// column of chunks, which ldmatrix wants at once, are then in different banks. A block has four warps, a warp 16 rows
+// of what the block owns; a lane with g = lane / 4 and t = lane % 4 holds of a C fragment rows g and g + 8, and columns
+// 2 t and 2 t + 1 of every eight.
 #pragma once
 
 #include "cuda/device/rows.cuh"
@@ -97,8 +97,8 @@ ATTNFAST_DEVICE bool has_strange_rows(const uint16_t* tile) {
   return strange;
 }
 
-// Where a tile holds something that is not finite and something in it is hidden: adds what is visible of such a row, and
-// clears it for the product that follows. Every warp of the block comes here together.
+// Where a tile holds something that is not finite and something in it is hidden: adds what is visible of such a row,
+// and clears it for the product that follows. Every warp of the block comes here together.
 template <class T, int kHead, int kTile>
 ATTNFAST_DEVICE void take_strange_rows(uint16_t* tile, const float (*weight)[4], float (*sum)[4]) {
   const int lane = static_cast<int>(threadIdx.x) % 32, t = lane % 4;
