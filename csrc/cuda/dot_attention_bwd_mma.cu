@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kMmaThreads, 2) dot_attention_bwd_mma_kernel(D
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int64_t i = block.own + warp * 16 + g + 8 * r;
-      if (i >= block.own_end) continue;
+      if (i >= (kByKeys ? p.key_tokens : p.query_tokens)) continue;
       uint16_t* row = static_cast<uint16_t*>(to.data) + offset4(to, b, own_head, i, 0);
 #pragma unroll
       for (int n = 0; n < kHead / 8; ++n) {
