@@ -53,3 +53,51 @@ def dot_attention_fwd(
     tensors. ``workspace`` is of the accumulation dtype and has as many elements as ``dot_attention_workspace`` says;
     None for 0.
     """
+
+def dot_attention_bwd(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    grad_weights: Tensor | None,
+    weights_index: Tensor | None,
+    weights_mode: int,
+    delta_shift: Tensor | None,
+    grad_query: Tensor | None,
+    grad_key: Tensor | None,
+    grad_value: Tensor | None,
+    grad_bias: Tensor | None,
+    grad_bias2: Tensor | None,
+    grad_sink: Tensor | None,
+    grad_center: Tensor | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    bias2: Tensor | None,
+    query_lengths: Tensor | None,
+    key_lengths: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sink: Tensor | None,
+    prior_center: Tensor | None,
+    seed: Tensor | None,
+    window_bounds: Tensor | None,
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+    prior_sigma: float,
+    causal: int,
+    window_left: int,
+    window_right: int,
+    threads: int,
+    /,
+) -> None:
+    """Queue ``_C.dot_attention_bwd`` on torch's current stream of the tensors' device.
+
+    As there, but ``out``, ``lse`` and ``delta`` must be given, and ``delta`` is a workspace of three planes: Real,
+    contiguous ``[3, B, H, T_q]``. ``threads`` is ignored. NotImplementedError names what the kernels do not have: packed
+    sequences, gradients of weights, window bounds, a prior, head sizes above 256.
+    """

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -154,11 +154,11 @@ def dot_attention_fwd(
     return out, lse, weights, index
 
 
-def _refuse_backward(query: Tensor) -> NoReturn:
-    raise NotImplementedError(
-        f"attnfast has no CUDA kernel for gradients yet (query on {query.device}); the functions of attnfast.reference "
-        "have gradients on every device"
-    )
+def _backward_of(query: Tensor) -> tuple[Any, Tensor | None]:
+    """The backward kernel of the query's device, and the workspace ``delta`` that it wants."""
+    if query.is_cpu:
+        return _backward, None
+    return cuda_binary().dot_attention_bwd, query.new_empty((3, *query.shape[:3]), dtype=real_dtype(query.dtype))
 
 
 # Up to so many keys, the backward of a plain call needs neither out nor lse.
@@ -188,15 +188,14 @@ def plain_bwd(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """:func:`dot_attention_bwd` of a plain call: the gradients of query, key and value.
 
-    `grad_out` has passed ``ordinary_gradient``. Up to ``WHOLE_ROW_KEYS`` keys, `out` and `lse` may be None.
+    `grad_out` has passed ``ordinary_gradient``. Up to ``WHOLE_ROW_KEYS`` keys, `out` and `lse` may be None on the CPU.
     """
-    if not query.is_cpu:
-        _refuse_backward(query)
     grad_query = _empty_like(query) if needs[0] else None
     grad_key = _empty_like(key) if needs[1] else None
     grad_value = _empty_like(value) if needs[2] else None
-    _backward(
-        grad_out, query, key, value, out, lse, None, None, None, WEIGHTS_NONE, None,
+    run, delta = (_backward, None) if query.is_cpu else _backward_of(query)
+    run(
+        grad_out, query, key, value, out, lse, delta, None, None, WEIGHTS_NONE, None,
         grad_query, grad_key, grad_value, *options.backward_tail, _num_threads(),
     )  # fmt: skip
     return grad_query, grad_key, grad_value
@@ -230,8 +229,6 @@ def dot_attention_bwd(
         scale, softcap, dropout_p, prior_sigma, causal, window_left, window_right, mode,
     ) = options  # fmt: skip
     need_query, need_key, need_value, need_bias, need_bias2, need_sink, need_center = needs
-    if not query.is_cpu:
-        _refuse_backward(query)
     shift = None
     if grad_lse is not None or grad_weights is not None:
 
@@ -267,8 +264,9 @@ def dot_attention_bwd(
         alibi = alibi.expand(alibi_rows(query, options), query.size(1))
     if bounds is not None:
         bounds = bounds.expand(*query.shape[:3], 2)
-    _C.dot_attention_bwd(
-        grad_out, query, key, value, out, lse, None, grad_weights, index, mode, shift,
+    run, delta = _backward_of(query)
+    run(
+        grad_out, query, key, value, out, lse, delta, grad_weights, index, mode, shift,
         grad_query, grad_key, grad_value, full_grad, full_grad2, grad_sink, grad_center,
         mask, full_bias, full_bias2, query_lengths, key_lengths, cu_q, cu_k, alibi, sink, center, seed, bounds,
         scale, softcap, dropout_p, prior_sigma, causal, window_left, window_right, _num_threads(),

@@ -34,7 +34,8 @@ def kernel_name(mangled: str) -> str:
     match = re.search(r"(\w+_kernel)(<.*?>)?\(", text)
     if match is None:
         return mangled
-    arguments = re.sub(r"\(?anonymous namespace\)?::|attnfast::cuda::|_GLOBAL__N__\w+::|\(int\)", "", match[2] or "")
+    noise = r"\(?anonymous namespace\)?::|attnfast::cuda::|_GLOBAL__N__\w+::|\((?:int|bool)\)"
+    arguments = re.sub(noise, "", match[2] or "")
     return match[1] + arguments.replace("()", "")
 
 

@@ -14,6 +14,7 @@ namespace {
 
 PyMethodDef g_functions[] = {op_function<dot_attention_workspace>("dot_attention_workspace"),
                              op_function<dot_attention_fwd>("dot_attention_fwd"),
+                             op_function<dot_attention_bwd>("dot_attention_bwd"),
                              {nullptr, nullptr, 0, nullptr}};
 
 void init(const py::object& exchange_api_capsule) { g_exchange_api = exchange_api_from_capsule(exchange_api_capsule); }

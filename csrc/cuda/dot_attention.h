@@ -36,4 +36,16 @@ void dot_attention_merge(const DotAttentionParams& params, const Parts& parts, v
 // Weights on request, when lse is there.
 void dot_attention_weights(const DotAttentionParams& params, void* stream);
 
+// The same of the gradients. params.delta is a workspace of three planes [B, H, T_q]; gradients of biases are
+// overwritten.
+const char* dot_attention_bwd_missing(const DotAttentionParams& params);
+const char* dot_attention_bwd_kernel_name(const DotAttentionParams& params);
+void dot_attention_bwd(const DotAttentionParams& params, void* stream);
+
+// Its parts: gradients of queries, keys and values by one of two kernels, and that of one bias.
+bool dot_attention_mma_bwd_takes(const DotAttentionParams& params);
+void dot_attention_mma_bwd(const DotAttentionParams& params, void* stream);
+void dot_attention_fma_bwd(const DotAttentionParams& params, void* stream);
+void dot_attention_bias_bwd(const DotAttentionParams& params, int which, void* stream);
+
 }  // namespace attnfast::cuda

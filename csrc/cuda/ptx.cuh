@@ -110,6 +110,16 @@ ATTNFAST_DEVICE float tanh_fast(float x) {
   return y;
 }
 
+// x, which the compiler may not merge with what is done to it next: a product is rounded before something is added.
+ATTNFAST_DEVICE float rounded(float x) {
+  asm("" : "+f"(x));
+  return x;
+}
+ATTNFAST_DEVICE double rounded(double x) {
+  asm("" : "+d"(x));
+  return x;
+}
+
 // ---- Conversions: 16-bit floats are held as their bits ---------------------------------------------------------
 ATTNFAST_DEVICE uint32_t pack_bf16(float low, float high) {
   uint32_t bits;

@@ -57,6 +57,15 @@ inline float exp2_fast(float x) { return std::exp2(x); }
 inline float reciprocal_fast(float x) { return 1.0f / x; }
 inline float tanh_fast(float x) { return std::tanh(x); }
 
+inline float rounded(float x) {
+  asm("" : "+x"(x));
+  return x;
+}
+inline double rounded(double x) {
+  asm("" : "+x"(x));
+  return x;
+}
+
 inline uint32_t pack_bf16(float low, float high) {
   return simt::to_bfloat16(low) | static_cast<uint32_t>(simt::to_bfloat16(high)) << 16;
 }
