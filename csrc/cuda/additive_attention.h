@@ -3,24 +3,9 @@
 // float64, float otherwise) as additive_attention_*_workspace says, which nobody else uses meanwhile.
 #pragma once
 
-#include "core/params.h"
+#include "cuda/device/additive_call.cuh"
 
 namespace attnfast::cuda {
-
-// Calls of up to so many queries take tiles of so many rows.
-constexpr int kNarrowRows = 4;
-
-// What a kernel is given: the additive core's parameters, and the dot core's with a scale of 1, whose modifiers and
-// softmax (device/rows.cuh) it shares.
-struct AdditiveCall : DotAttentionParams {
-  const void* weight = nullptr;
-  const void* score_bias = nullptr;
-  bool weight_by_head = false, score_bias_by_head = false;
-  void *grad_weight = nullptr, *grad_score_bias = nullptr;
-  // The keys of a block of queries are shared among so many blocks; their parts are merged in order. By shapes alone.
-  int64_t splits = 1;
-  void* workspace = nullptr;
-};
 
 // What the kernels do not have yet and this call needs, or null. Such a call must be refused by this name.
 const char* additive_attention_missing(const AdditiveAttentionParams& params);

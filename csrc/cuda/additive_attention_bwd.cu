@@ -9,6 +9,7 @@
 // With dS the gradient of a score, dq_d = w_d sum_k dS (1 - tanh^2), dk_d the same over queries, dw_d the sum of
 // dS tanh: device/additive.cuh forms them from the exponentials of the scores. D may be anything: the sums of a tile go
 // to the workspace, chunk by chunk, and only the thread that owns an element of it touches it.
+#include "cuda/additive_attention.h"
 #include "cuda/device/additive.cuh"
 #include "cuda/launch.h"
 

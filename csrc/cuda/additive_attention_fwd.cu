@@ -7,6 +7,7 @@
 // V over the operands of the scores, weights times V. Columns of V beyond 256 are another block's (blockIdx.z), which
 // forms the scores again. When there are few blocks the keys are split as well (blockIdx.y): a split leaves its sums in
 // the workspace, and a second kernel merges them in order.
+#include "cuda/additive_attention.h"
 #include "cuda/device/additive.cuh"
 #include "cuda/launch.h"
 

@@ -14,7 +14,7 @@
 // same scores.
 #pragma once
 
-#include "cuda/additive_attention.h"
+#include "cuda/device/additive_call.cuh"
 #include "cuda/device/rows.cuh"
 
 namespace attnfast::cuda {
