@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <string>
 
-#include "bindings/attention_call.h"
+#include "bindings/additive_call.h"
 #include "bindings/cuda_call.h"
 #include "bindings/functions.h"
 #include "cuda/additive_attention.h"
@@ -11,34 +11,16 @@
 namespace attnfast {
 namespace {
 
-using AdditiveCall = CallOf<AdditiveAttentionParams>;
-
-// A vector of each head or one for all, [H, D] or [1, D].
-const void* set_vector(const TensorView& view, const AdditiveCall& call, bool* by_head) {
-  if (!view) return nullptr;
-  *by_head = view.ndim == 2 && view.size[0] == call.params.heads;
-  check_buffer(view, call.real, {{"H or 1", *by_head ? call.params.heads : 1}, {"D", call.params.head_size}});
-  return view.data;
-}
-void* set_vector_gradient(const TensorView& view, const TensorView& input, const AdditiveCall& call) {
-  if (!view) return nullptr;
-  if (!input) reject(view.name, "None without its input", "a tensor");
-  check_buffer(view, call.real, {{"H or 1", input.size[0]}, {"D", call.params.head_size}});
-  return view.data;
-}
-
 // Before the values of modifiers are looked at: what the kernels do not have is refused by name.
-void refuse_missing(AdditiveCall& call, const Modifiers& modifiers) {
+void refuse_missing(AdditiveAttentionCall& call, const Modifiers& modifiers) {
   call.params.cu_seqlens_q = static_cast<const int64_t*>(modifiers.cu_seqlens_q.data);
   if (const char* missing = cuda::additive_attention_missing(call.params)) refuse(missing);
   call.set_modifiers(modifiers);
   if (const char* missing = cuda::additive_attention_missing(call.params)) refuse(missing);
 }
 
-void check_workspace(const TensorView& view, const AdditiveCall& call, int64_t wanted) {
-  if (view) {
-    check_buffer(view, call.real, {{"elements", -1}});
-  }
+void check_workspace(const TensorView& view, const AdditiveAttentionCall& call, int64_t wanted) {
+  if (view) check_buffer(view, call.real, {{"elements", -1}});
   const int64_t got = view ? view.numel() : 0;
   if (got < wanted) {
     reject("workspace", "at least " + std::to_string(wanted) + " elements", std::to_string(got));
@@ -59,7 +41,7 @@ py::object additive_attention_fwd(PyObject* const* items, Py_ssize_t given) {
   const TensorView weights = args.optional_tensor("weights");
   const TensorView weights_index = args.optional_tensor("weights_index");
   const int64_t weights_mode = args.integer("weights_mode");
-  AdditiveCall call;
+  AdditiveAttentionCall call;
   call.on_device = kDevice != dlpack::kCpu;
   Modifiers modifiers;
   modifiers.read(args, call.params, nullptr);
@@ -97,7 +79,7 @@ py::object additive_attention_bwd(PyObject* const* items, Py_ssize_t given) {
   const TensorView grad_bias[2] = {args.optional_tensor("grad_bias"), args.optional_tensor("grad_bias2")};
   const TensorView grad_sink = args.optional_tensor("grad_sink");
   const TensorView grad_center = args.optional_tensor("grad_center");
-  AdditiveCall call;
+  AdditiveAttentionCall call;
   call.on_device = kDevice != dlpack::kCpu;
   Modifiers modifiers;
   modifiers.read(args, call.params, nullptr);
@@ -135,7 +117,7 @@ py::object additive_attention_workspace(PyObject* const* items, Py_ssize_t given
   const TensorView query = args.tensor("query");
   const TensorView key = args.tensor("key");
   const TensorView value = args.tensor("value");
-  AdditiveCall call;
+  AdditiveAttentionCall call;
   call.set_inputs(query, key, value);
   return py::make_tuple(cuda::additive_attention_fwd_workspace(call.params),
                         cuda::additive_attention_bwd_workspace(call.params));

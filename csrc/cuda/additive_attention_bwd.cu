@@ -208,6 +208,7 @@ __global__ void __launch_bounds__(kAdditiveThreads) additive_attention_delta_ker
   const int64_t grad = offset4(p.grad_out, b, h, q, 0), out = offset4(p.out, b, h, q, 0);
   R sum = R(0);
   bool zero = true;
+#pragma unroll 1  // unrolled, it spills on one GPU
   for (int64_t c = lane; c < p.value_size; c += 32) {
     const R x = load_element<R>(p.out.data, p.out.dtype, out + c * p.out.stride[3]);
     sum += x * load_element<R>(p.grad_out.data, p.grad_out.dtype, grad + c * p.grad_out.stride[3]);

@@ -180,8 +180,10 @@ __global__ void __launch_bounds__(kAdditiveThreads) additive_attention_merge_ker
   const R* partial = static_cast<const R*>(p.workspace) + partial_row(p, 0, row);
   const int64_t step = partial_row(p, 1, row) - partial_row(p, 0, row);
   R maximum = negative_infinity<R>(), sum = R(0);
+#pragma unroll 1  // here and below: unrolled, it spills on one GPU
   for (int64_t i = 0; i < p.splits; ++i) maximum = fmax(maximum, partial[i * step + p.value_size]);
   const R shift = maximum == negative_infinity<R>() ? R(0) : maximum;
+#pragma unroll 1
   for (int64_t i = 0; i < p.splits; ++i) {
     sum += partial[i * step + p.value_size + 1] * exp2_of(partial[i * step + p.value_size] - shift);
   }
@@ -189,6 +191,7 @@ __global__ void __launch_bounds__(kAdditiveThreads) additive_attention_merge_ker
   const int64_t base = offset4(p.out, rows.sequence.tensor_batch, rows.head, q, 0);
   for (int64_t c = threadIdx.x; c < p.value_size; c += kAdditiveThreads) {
     R total = R(0);
+#pragma unroll 1
     for (int64_t i = 0; i < p.splits; ++i) {
       total += partial[i * step + c] * exp2_of(partial[i * step + p.value_size] - shift);
     }
