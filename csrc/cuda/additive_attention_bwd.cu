@@ -333,7 +333,7 @@ __global__ void __launch_bounds__(kAdditiveThreads, 2) additive_attention_bwd_ke
 
   for (int64_t head = kv_head * heads; head < (kv_head + 1) * heads; ++head) {
     for (int64_t first = 0; first < p.query_tokens; first += P::kRows) {
-      const Rows rows = rows_at(p, batch, head, first, P::kRows);
+      const Rows rows = additive_rows(p, batch, head, first, P::kRows);
       if (!meets(rows, key, P::kKeys)) continue;
       // The weights lie in the tile until dS takes their place.
       const auto applied = [&](int row, int k, R weight) { tiles.tile[k * P::kRowPitch + row] = weight; };
@@ -415,7 +415,7 @@ __global__ void __launch_bounds__(kAdditiveThreads, 2) additive_attention_bwd_bi
   for (int64_t b = begin[0]; b < end[0]; ++b)
     for (int64_t h = begin[1]; h < end[1]; ++h)
       for (int64_t i_q = begin[2]; i_q < end[2]; ++i_q) {
-        const Rows rows = rows_at(p, b, h, i_q * P::kRows, P::kRows);
+        const Rows rows = additive_rows(p, b, h, i_q * P::kRows, P::kRows);
         for (int64_t i_k = begin[3]; i_k < end[3]; ++i_k) {
           if (!meets(rows, i_k * P::kKeys, P::kKeys)) continue;
           R gradient[P::kRowsOfThread][P::kKeysOfThread];

@@ -60,7 +60,7 @@ struct AdditiveOperands {
 };
 
 // The queries [first, first + rows) of a head: rows_of_block, for a block that names them itself.
-ATTNFAST_DEVICE Rows rows_at(const AttentionParams& p, int64_t batch, int64_t head, int64_t first, int64_t rows) {
+ATTNFAST_DEVICE Rows additive_rows(const AttentionParams& p, int64_t batch, int64_t head, int64_t first, int64_t rows) {
   Rows r = {};
   r.sequence = sequence_of(p, batch);
   r.sequence.queries = clamp_index(r.sequence.queries, 0, r.sequence.query_rows);
