@@ -163,8 +163,6 @@ def additive_call(
     """Check and prepare the arguments of :func:`additive_attention`."""
     check.choice("normalizer", normalizer, check.NORMALIZERS)
     query, key, value = _prepare._operands(query, key, value)
-    if not query.is_cpu:
-        raise NotImplementedError(f"additive_attention has no CUDA kernel yet (query on {query.device})")
     check.floating("weight", weight)
     if weight.dim() not in (1, 2):
         raise ValueError(f"weight: expected [D] or [H, D], got {check.shape_text(weight.shape)}")
@@ -188,6 +186,8 @@ def additive_call(
 def _score_vector(name: str, x: Tensor, query: Tensor, headless: bool) -> Tensor:
     """`weight` or `score_bias` as ``[H or 1, D]`` in the accumulation dtype; `query` has its head axis."""
     check.floating(name, x)
+    if x.device != query.device:
+        raise ValueError(f"{name}: expected a tensor on {query.device} (query's), got one on {x.device}")
     heads, size = query.shape[-3], query.shape[-1]
     good = x.shape == (size,) if headless else x.dim() == 2 and x.shape[0] in (heads, 1) and x.shape[1] == size
     if not good:

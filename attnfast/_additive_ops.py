@@ -7,6 +7,7 @@ As :mod:`attnfast.ops` is for the dot core: allocation, and the same function ca
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,11 +15,30 @@ import torch
 from torch import Tensor
 
 from attnfast import ops
-from attnfast._ext import _C
+from attnfast._ext import _C, cuda_binary
 from attnfast.ops import LIBRARY, N_OPTION_TENSORS, WEIGHTS_NONE, WEIGHTS_ROW_MAX, DotAttentionOptions, expand
 
 N_INPUTS = 9  # query, key, value, weight, score_bias, bias, bias2, sink, center
 N_BWD_TENSORS = 17  # grad_out, grad_lse, grad_weights, the inputs up to score_bias, out ... index, the rest, needs
+
+_forward: Any = _C.additive_attention_fwd
+_backward: Any = _C.additive_attention_bwd
+
+
+def cuda_forward(binary: Any, *args: Any) -> None:
+    """The forward of a CUDA binary, called as ``_C``'s: its kernels get their workspace here, from torch."""
+    elements = binary.additive_attention_workspace(*args[:3])[0]
+    binary.additive_attention_fwd(*args, _workspace(args[0], elements))
+
+
+def cuda_backward(binary: Any, *args: Any) -> None:
+    """The backward of a CUDA binary, as :func:`cuda_forward`."""
+    elements = binary.additive_attention_workspace(*args[1:4])[1]
+    binary.additive_attention_bwd(*args, _workspace(args[1], elements))
+
+
+def _workspace(query: Tensor, elements: int) -> Tensor | None:
+    return query.new_empty(elements, dtype=ops.real_dtype(query.dtype)) if elements else None
 
 
 def additive_attention_fwd(
@@ -49,7 +69,8 @@ def additive_attention_fwd(
         alibi = alibi.expand(ops.alibi_rows(query, options), query.size(1))
     if bounds is not None:
         bounds = bounds.expand(*query.shape[:3], 2)
-    _C.additive_attention_fwd(
+    run = _forward if query.is_cpu else functools.partial(cuda_forward, cuda_binary())
+    run(
         query, key, value, weight, score_bias, out, lse, weights, index, mode, mask, bias, bias2, query_lengths,
         key_lengths, cu_q, cu_k, alibi, sink, center, seed, bounds, softcap, dropout_p, prior_sigma, causal,
         window_left, window_right,
@@ -119,7 +140,8 @@ def additive_attention_bwd(
         alibi = alibi.expand(ops.alibi_rows(query, options), query.size(1))
     if bounds is not None:
         bounds = bounds.expand(*query.shape[:3], 2)
-    _C.additive_attention_bwd(
+    run = _backward if query.is_cpu else functools.partial(cuda_backward, cuda_binary())
+    run(
         grad_out, query, key, value, weight, score_bias, out, lse, grad_weights, index, mode, shift,
         grad_query, grad_key, grad_value, grad_weight, grad_score_bias,
         expand(grad_bias, shape), expand(grad_bias2, shape), grad_sink, grad_center,
@@ -204,7 +226,8 @@ def _bwd_fake(*args):  # type: ignore[no-untyped-def]
     return tuple(grads)
 
 
-LIBRARY.impl("additive_attention_fwd", _fwd_op, "CPU")
-LIBRARY.impl("additive_attention_bwd", _bwd_op, "CPU")
+for device in ("CPU", "CUDA"):
+    LIBRARY.impl("additive_attention_fwd", _fwd_op, device)
+    LIBRARY.impl("additive_attention_bwd", _bwd_op, device)
 torch.library.register_fake("attnfast::additive_attention_fwd", _fwd_fake, lib=LIBRARY)
 torch.library.register_fake("attnfast::additive_attention_bwd", _bwd_fake, lib=LIBRARY)

@@ -101,3 +101,91 @@ def dot_attention_bwd(
     contiguous ``[3, B, H, T_q]``. ``threads`` is ignored. NotImplementedError names what the kernels do not have: packed
     sequences, gradients of weights, window bounds, a prior, head sizes above 256.
     """
+
+def additive_attention_fwd(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    score_bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor | None,
+    weights: Tensor | None,
+    weights_index: Tensor | None,
+    weights_mode: int,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    bias2: Tensor | None,
+    query_lengths: Tensor | None,
+    key_lengths: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sink: Tensor | None,
+    prior_center: Tensor | None,
+    seed: Tensor | None,
+    window_bounds: Tensor | None,
+    softcap: float,
+    dropout_p: float,
+    prior_sigma: float,
+    causal: int,
+    window_left: int,
+    window_right: int,
+    workspace: Tensor | None,
+    /,
+) -> None:
+    """Queue ``_C.additive_attention_fwd`` as ``dot_attention_fwd`` is, with a workspace.
+
+    ``workspace`` is contiguous, in the accumulation dtype, and has the elements that ``additive_attention_workspace``
+    asks for; what it holds is of no use to anybody. NotImplementedError names what the kernels do not have: packed
+    sequences, weights on request, window bounds, a prior.
+    """
+
+def additive_attention_bwd(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    score_bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    grad_weights: Tensor | None,
+    weights_index: Tensor | None,
+    weights_mode: int,
+    delta_shift: Tensor | None,
+    grad_query: Tensor | None,
+    grad_key: Tensor | None,
+    grad_value: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_score_bias: Tensor | None,
+    grad_bias: Tensor | None,
+    grad_bias2: Tensor | None,
+    grad_sink: Tensor | None,
+    grad_center: Tensor | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    bias2: Tensor | None,
+    query_lengths: Tensor | None,
+    key_lengths: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sink: Tensor | None,
+    prior_center: Tensor | None,
+    seed: Tensor | None,
+    window_bounds: Tensor | None,
+    softcap: float,
+    dropout_p: float,
+    prior_sigma: float,
+    causal: int,
+    window_left: int,
+    window_right: int,
+    threads: int,
+    workspace: Tensor | None,
+    /,
+) -> None:
+    """Queue ``_C.additive_attention_bwd``, with a workspace as in the forward; ``threads`` is not used."""
+
+def additive_attention_workspace(query: Tensor, key: Tensor, value: Tensor, /) -> tuple[int, int]:
+    """Return how many elements of workspace the forward and the backward of the additive core need."""

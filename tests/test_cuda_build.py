@@ -89,12 +89,14 @@ def test_cuda_tensors_are_refused_where_there_are_no_kernels(monkeypatch: pytest
             attnfast.attention(query, query, query)
 
 
-def test_where_there_are_kernels_devices_must_agree_and_additive_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_there_are_kernels_devices_must_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_validate, "has_cuda", lambda: True)
     with FakeTensorMode():
         query, host = torch.empty(1, 1, 4, 8, device="cuda"), torch.empty(1, 1, 4, 8)
         with pytest.raises(ValueError, match=r"key: expected a tensor on cuda:0 \(query's\), got one on cpu"):
             attnfast.attention(query, host, query)
-        with pytest.raises(NotImplementedError, match=r"additive_attention has no CUDA kernel yet \(query on cuda:0\)"):
-            attnfast.additive_attention(query, query, query, torch.empty(8, device="cuda"))
         assert attnfast.attention(query, query, query).device.type == "cuda"
+        with pytest.raises(ValueError, match=r"weight: expected a tensor on cuda:0 \(query's\), got one on cpu"):
+            attnfast.additive_attention(query, query, query, torch.empty(1, 8))
+        weight = torch.empty(1, 8, device="cuda")
+        assert attnfast.additive_attention(query, query, query, weight).device.type == "cuda"

@@ -1,32 +1,12 @@
 // The additive core: reads the arguments, fills the parameters, releases the GIL and calls the kernel of the chosen
 // ISA.
 #include <memory>
-#include <string>
 
-#include "bindings/attention_call.h"
+#include "bindings/additive_call.h"
 #include "bindings/functions.h"
 #include "cpu/isa.h"
 
 namespace attnfast {
-namespace {
-
-using AdditiveCall = CallOf<AdditiveAttentionParams>;
-
-// A vector of each head or one for all, [H, D] or [1, D].
-const void* set_vector(const TensorView& view, const AdditiveCall& call, bool* by_head) {
-  if (!view) return nullptr;
-  *by_head = view.ndim == 2 && view.size[0] == call.params.heads;
-  check_buffer(view, call.real, {{"H or 1", *by_head ? call.params.heads : 1}, {"D", call.params.head_size}});
-  return view.data;
-}
-void* set_vector_gradient(const TensorView& view, const TensorView& input, const AdditiveCall& call) {
-  if (!view) return nullptr;
-  if (!input) reject(view.name, "None without its input", "a tensor");
-  check_buffer(view, call.real, {{"H or 1", input.size[0]}, {"D", call.params.head_size}});
-  return view.data;
-}
-
-}  // namespace
 
 py::object additive_attention_fwd(PyObject* const* items, Py_ssize_t given) {
   ArgReader args("additive_attention_fwd", items, given, 28);
@@ -40,7 +20,7 @@ py::object additive_attention_fwd(PyObject* const* items, Py_ssize_t given) {
   const TensorView weights = args.optional_tensor("weights");
   const TensorView weights_index = args.optional_tensor("weights_index");
   const int64_t weights_mode = args.integer("weights_mode");
-  AdditiveCall call;
+  AdditiveAttentionCall call;
   Modifiers modifiers;
   modifiers.read(args, call.params, nullptr);
 
@@ -79,7 +59,7 @@ py::object additive_attention_bwd(PyObject* const* items, Py_ssize_t given) {
   const TensorView grad_bias[2] = {args.optional_tensor("grad_bias"), args.optional_tensor("grad_bias2")};
   const TensorView grad_sink = args.optional_tensor("grad_sink");
   const TensorView grad_center = args.optional_tensor("grad_center");
-  AdditiveCall call;
+  AdditiveAttentionCall call;
   Modifiers modifiers;
   modifiers.read(args, call.params, nullptr);
   const int64_t threads = args.integer("threads");
@@ -123,7 +103,7 @@ py::object additive_attention_decode_obstacle(PyObject* const* items, Py_ssize_t
   const TensorView query = args.tensor("query");
   const TensorView key = args.tensor("key");
   const TensorView value = args.tensor("value");
-  AdditiveCall call;
+  AdditiveAttentionCall call;
   Modifiers modifiers;
   modifiers.read(args, call.params, nullptr);
   call.set_inputs(query, key, value);

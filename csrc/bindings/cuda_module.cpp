@@ -12,10 +12,15 @@
 namespace attnfast {
 namespace {
 
-PyMethodDef g_functions[] = {op_function<dot_attention_workspace>("dot_attention_workspace"),
-                             op_function<dot_attention_fwd>("dot_attention_fwd"),
-                             op_function<dot_attention_bwd>("dot_attention_bwd"),
-                             {nullptr, nullptr, 0, nullptr}};
+PyMethodDef g_functions[] = {
+    op_function<dot_attention_workspace>("dot_attention_workspace"),
+    op_function<dot_attention_fwd>("dot_attention_fwd"),
+    op_function<dot_attention_bwd>("dot_attention_bwd"),
+    op_function<additive_attention_workspace>("additive_attention_workspace"),
+    op_function<additive_attention_fwd>("additive_attention_fwd"),
+    op_function<additive_attention_bwd>("additive_attention_bwd"),
+    {nullptr, nullptr, 0, nullptr},
+};
 
 void init(const py::object& exchange_api_capsule) { g_exchange_api = exchange_api_from_capsule(exchange_api_capsule); }
 

@@ -31,19 +31,6 @@ ATTNFAST_DEVICE QueryValues<R> query_values(const AttentionParams& p, const Rows
   return {values[kDeltaPlane * plane], values[kBasePlane * plane], values[kLogPlane * plane]};
 }
 
-// Queries [first, first + rows) of one head and sample.
-ATTNFAST_DEVICE Rows rows_at(const AttentionParams& p, int64_t batch, int64_t head, int64_t first, int64_t rows) {
-  Rows r = rows_of_head(p, batch, head, 1);
-  r.first = first;
-  r.last = first + rows < p.query_tokens ? first + rows : p.query_tokens;
-  const int64_t last_valid = r.last < r.sequence.queries ? r.last : r.sequence.queries;
-  if (first < last_valid) {
-    r.key_begin = first_key(r.band, first);
-    r.key_end = end_key(r.band, last_valid - 1);
-  }
-  return r;
-}
-
 struct GradientBlock {
   Rows rows;             // its first head; by keys, first and last are set for each tile of queries
   int64_t own, own_end;  // rows that it writes

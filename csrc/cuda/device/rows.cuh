@@ -131,6 +131,19 @@ ATTNFAST_DEVICE Rows rows_of_block(const AttentionParams& p, int64_t rows) {
   return rows_of_block(p, rows, blockIdx.x, 1);
 }
 
+// Queries [first, first + rows) of one head and sample, for a block that names them itself.
+ATTNFAST_DEVICE Rows rows_at(const AttentionParams& p, int64_t batch, int64_t head, int64_t first, int64_t rows) {
+  Rows r = rows_of_head(p, batch, head, 1);
+  r.first = first;
+  r.last = first + rows < p.query_tokens ? first + rows : p.query_tokens;
+  const int64_t last_valid = r.last < r.sequence.queries ? r.last : r.sequence.queries;
+  if (first < last_valid) {
+    r.key_begin = first_key(r.band, first);
+    r.key_end = end_key(r.band, last_valid - 1);
+  }
+  return r;
+}
+
 // Offsets of the first row of a head's queries (or out), and of its keys or values.
 ATTNFAST_DEVICE int64_t query_offset(const Rows& r, const Tensor4& t) {
   return offset4(t, r.sequence.tensor_batch, r.head, r.sequence.query_begin, 0);
