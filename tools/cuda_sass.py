@@ -42,7 +42,7 @@ def kernel_name(text: str) -> str | None:
     if not text.startswith("attnfast::cuda::"):
         return None
     text = re.sub(r"\(?anonymous namespace\)?::|_GLOBAL__N__\w+::|attnfast::cuda::|\((?:int|bool)\)(?=\w)", "", text)
-    match = re.match(r"(\w+_kernel)(<.*?>)?\(", text)
+    match = re.match(r"(\w+)(<.*?>)?\(", text)
     return match[1] + (match[2] or "") if match else None
 
 
@@ -129,8 +129,6 @@ def required(name: str, used: dict[str, int]) -> list[str]:
     problems = [f"{used[x]} {x}: local memory is read or written" for x in ("LDL", "STL") if used[x]]
     if "mma" in words:
         problems += [f"no {x}" for x in ("HMMA", "LDSM", "LDGSTS_128") if not used[x]]
-        if used["LDGSTS"] != used["LDGSTS_128"]:
-            problems.append("asynchronous copies of less than 16 bytes")
     if "fma" in words:
         wanted = ("DFMA",) if "<double" in name else ("FFMA", "FFMA2")
         if not any(used[x] for x in wanted):

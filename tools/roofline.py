@@ -14,7 +14,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -206,6 +206,19 @@ def calibration() -> Iterable[list[str]]:
         yield [gpu.name, p.bound, f"{p.tflops[0]:.0f} to {most:.0f}", str(measured), f"{100 * measured / most:.0f} %"]
 
 
+def wider(kernel: Kernel) -> list[str]:
+    """What the shape of the tile has to do with it."""
+    if not kernel.tensor_cores:
+        return []
+    twice = replace(kernel, rows=2 * kernel.rows, shared=fragments(32)).cycles(H100)
+    return [
+        "A warp has 16 rows and reads all of the tile for them. With 32, as FlashAttention-2 has, two of these tiles "
+        f"would take an H100 {twice['shared memory']:.0f} cycles of shared memory and {twice['tensor cores']:.0f} of "
+        "tensor cores.",
+        "",
+    ]
+
+
 COUNTED = ("HMMA", "LDSM", "LDGSTS", "MUFU", "FFMA", "FFMA2", "double", "registers", "blocks_per_sm")
 
 
@@ -283,6 +296,7 @@ def document(budget: dict[str, dict[str, dict[str, int]]]) -> str:
             "",
             *table(("GPU", "cycles a tile, predicted"), bound_rows(kernel)),
             "",
+            *wider(kernel),
         ]
         for gpu in GPUS:
             best = f"; published: {BEST[gpu.name]}" if gpu.name in BEST and kernel.tensor_cores else ""

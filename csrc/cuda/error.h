@@ -1,7 +1,6 @@
-// What CUDA's runtime says went wrong. Its own text for a machine without a driver speaks of versions.
+// What CUDA's runtime says went wrong. Its own text for a machine without a driver speaks of versions. CUDA's header is
+// brought by nvcc or by bindings/cuda_call.h.
 #pragma once
-
-#include <cuda_runtime_api.h>
 
 #include <string>
 
