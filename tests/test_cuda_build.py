@@ -148,6 +148,15 @@ def test_launches_are_found_by_address(tools: ModuleType) -> None:
     assert tools.launches_of(symbols, notes) == {"a_kernel<float, 64>": (128, 8192)}
 
 
+def test_an_error_of_a_launch_names_kernel_and_shape(tools: ModuleType) -> None:
+    error = tools.cuda_module.ERROR
+    shape = "(B=2, H=4, H_kv=2, T_q=3, T_k=5, D=64, D_v=64)"
+    assert error.match(f"CUDA kernel dot_attention_mma<float16> {shape}: there is no NVIDIA driver")
+    assert not error.match("CUDA kernel dot_attention_mma<float16>: there is no NVIDIA driver")
+    assert not error.match(f"CUDA kernel {shape}: there is no NVIDIA driver")
+    assert not error.match(f"CUDA kernel dot_attention_mma<float16> {shape}: ")
+
+
 def test_the_budget_names_every_architecture_that_is_built(tools: ModuleType) -> None:
     match = re.search(r'ATTNFAST_CUDA_ARCHITECTURES "([^"]+)"', (ROOT / "CMakeLists.txt").read_text())
     assert match is not None
