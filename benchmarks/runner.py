@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -198,7 +198,11 @@ class Run:
         return rows
 
     def _add_memory(
-        self, case: Any, rows: list[Row], known: dict[tuple[str, str], tuple[int | None, str]], ready: list[_Prepared]
+        self,
+        case: Any,
+        rows: list[Row],
+        known: dict[tuple[str, str], tuple[int | None, str]],
+        ready: Sequence[_Prepared] = (),
     ) -> None:
         """Memory once per pass, at the largest number of threads (scratch grows with threads).
 
