@@ -224,7 +224,10 @@ class Run:
             if key not in known and self.plan.device != "cpu":
                 prepared = next(each for each in ready if each.peer.name == row.peer)
                 assert prepared.workload is not None
-                known[key] = measure_cuda(prepared.peer, prepared.workload, row.pass_), ""
+                try:
+                    known[key] = measure_cuda(prepared.peer, prepared.workload, row.pass_), ""
+                except Exception as error:
+                    known[key] = None, _reason(error)
             if key not in known:
                 task = (row.suite, row.case, row.peer, row.pass_, max(self.plan.threads))
                 known[key] = self._meter.measure(*task)
