@@ -78,7 +78,7 @@ def test_names_are_those_of_the_source(tools: ModuleType) -> None:
     )
     assert name(emulated + "(attnfast::DotAttentionParams)") == "a_kernel<BFloat16, 64>"
     assert name("void attnfast::cuda::plain(int)") == "plain"
-    assert name("void attnfast::cuda::a_kernel<double, 64, true, (int)3>(int)") == "a_kernel<double, 64, true, 3>"
+    assert name("void attnfast::cuda::a_kernel<double, 64, (bool)1, (int)3>(int)") == "a_kernel<double, 64, true, 3>"
     assert name("void cub::DeviceRadixSortKernel<attnfast::cuda::Key>(attnfast::cuda::Key*)") is None
 
 

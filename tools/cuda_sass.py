@@ -36,12 +36,13 @@ def find_cuobjdump(nvcc: str = "") -> str | None:
 def kernel_name(text: str) -> str | None:
     """``dot_attention_fma_kernel<float, 64>`` from the demangled name; None where it is not ours.
 
-    The name of an unnamed namespace varies from compiler to compiler.
+    The name of an unnamed namespace, and how arguments are written, vary from compiler to compiler.
     """
     text = text.removeprefix("void ")
     if not text.startswith("attnfast::cuda::"):
         return None
-    text = re.sub(r"\(?anonymous namespace\)?::|_GLOBAL__N__\w+::|attnfast::cuda::|\((?:int|bool)\)(?=\w)", "", text)
+    text = text.replace("(bool)1", "true").replace("(bool)0", "false")
+    text = re.sub(r"\(?anonymous namespace\)?::|_GLOBAL__N__\w+::|attnfast::cuda::|\(int\)(?=\w)", "", text)
     match = re.match(r"(\w+)(<.*?>)?\(", text)
     return match[1] + (match[2] or "") if match else None
 
