@@ -18,7 +18,7 @@ LOWER_ISAS = $$($(PYTHON) -c 'from attnfast._ext import _C; print(*_C.available_
 ISA_TESTS := tests/test_isa.py tests/test_autograd.py tests/test_opinfo.py tests/test_threads.py
 # A change of one of these builds again; Ninja then compiles only what it concerns.
 CPP_SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-CPP_FILES := $(shell find csrc tests/native tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP_FILES := $(shell find csrc tests/native tests/simt tools -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -51,7 +51,7 @@ bench: setup
 profile: setup
 	$(PYTHON) tools/profile_kernels.py
 
-check: check-lint check-native check-simt check-cuda check-isa check-package
+check: check-lint check-native check-simt cuda-module check-cuda check-isa check-package
 	@echo "make check: all good"
 
 check-lint: setup
@@ -70,13 +70,14 @@ check-native: setup
 check-simt: setup
 	$(PYTHON) tools/simt_tests.py none address thread
 
-# Where nvcc is: the registers and memory of the CUDA kernels for every GPU. Nothing runs on a GPU.
-check-cuda: setup
-	$(PYTHON) tools/cuda_budget.py
-
-# Where nvcc is: attnfast._cuda for every GPU, built apart and loaded. Not yet part of `make check`, see docs/cuda.md.
+# Where nvcc is: attnfast._cuda for every GPU, built apart and loaded. Nothing runs on a GPU.
 cuda-module: setup
 	$(PYTHON) tools/cuda_module.py
+
+# What the compiler made of the kernels in it: registers, memory, occupancy, instructions; and the page that quotes them.
+check-cuda: setup
+	$(PYTHON) tools/cuda_budget.py
+	$(PYTHON) tools/roofline.py
 
 # The variable itself, and the lower variants in tests that do not choose one.
 check-isa: setup

@@ -1,4 +1,4 @@
-"""Thin build: setuptools collects the Python files, CMake and Ninja make attnfast._C."""
+"""Thin build: setuptools collects Python files, CMake and Ninja make attnfast._C, and attnfast._cuda if asked to."""
 
 from __future__ import annotations
 
@@ -9,8 +9,18 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.egg_info import egg_info
 
 ROOT = Path(__file__).resolve().parent
+
+
+class Variant(egg_info):
+    """With ATTNFAST_CUDA=ON the version of a wheel ends in ``+cuda``: both variants can lie in one place."""
+
+    def finalize_options(self) -> None:
+        if os.environ.get("ATTNFAST_CUDA", "").upper() == "ON" and "sdist" not in self.distribution.commands:
+            self.tag_build = "+cuda"  # here, because an sdist's own setup.cfg empties the option
+        super().finalize_options()
 
 
 class CMakeBuild(build_ext):
@@ -34,7 +44,7 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
-            f"-DATTNFAST_VERSION={self.distribution.get_version()}",
+            f"-DATTNFAST_VERSION={self.distribution.get_version().partition('+')[0]}",
             *os.environ.get("CMAKE_ARGS", "").split(),
         ]
         # With build isolation the tools live in another temporary folder at every run: what the cache remembers of
@@ -45,4 +55,4 @@ class CMakeBuild(build_ext):
         subprocess.check_call([cmake_program, "--build", str(build), "--parallel", jobs])
 
 
-setup(ext_modules=[Extension("attnfast._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(ext_modules=[Extension("attnfast._C", sources=[])], cmdclass={"build_ext": CMakeBuild, "egg_info": Variant})

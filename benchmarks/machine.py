@@ -44,16 +44,16 @@ def commit() -> str:
     return answer.stdout.strip() if answer.returncode == 0 else ""
 
 
-def environment() -> dict[str, str]:
-    """Machine, versions, commit and date as text, by column."""
+def environment(device: str = "cpu") -> dict[str, str]:
+    """Machine, versions, commit and date as text, by column. On a GPU it is the processor of the row."""
     import attnfast
     from attnfast._ext import _C
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB",
-        "cpu": cpu_name(),
-        "isa": str(_C.get_isa()),
+        "cpu": cpu_name() if device == "cpu" else torch.cuda.get_device_name(),
+        "isa": str(_C.get_isa()) if device == "cpu" else "sm_{}{}".format(*torch.cuda.get_device_capability()),
         "attnfast": attnfast.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from .measure import step
-from .registry import find_case, find_peer
+from .registry import Peer, Workload, find_case, find_peer
 
 _STATUS = Path("/proc/self/status")
 _MMAP_THRESHOLD = -3  # mallopt's parameter; fixed at 64 KiB, freed tensors leave the resident set at once
@@ -65,6 +65,21 @@ def measure_here(suite: str, case_name: str, peer_name: str, which: str, threads
             result = run()
         del result
     return max(0, _field("VmHWM") - before)
+
+
+def measure_cuda(peer: Peer, workload: Workload, which: str) -> int:
+    """The same of a GPU, where torch counts what it allocates; in this process, after the pass has run once."""
+    with peer.context():
+        run, grad = step(workload, which)
+        with torch.set_grad_enabled(grad):
+            run()
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            result = run()
+            torch.cuda.synchronize()
+        del result
+    return torch.cuda.max_memory_allocated() - before
 
 
 def child_main(connection: Connection, *task: Any) -> None:

@@ -53,7 +53,7 @@ class Attnfast(Peer):
     """This library: the drop-in function where torch's signature suffices, ``attention`` otherwise."""
 
     name = OURS
-    suites = ("dot", "additive", "threads", "accuracy", "overhead", "sweep")
+    suites = ("dot", "additive", "threads", "accuracy", "overhead", "sweep", "gpu")
 
     def build(self, case: AttentionCase, inputs: Inputs) -> Workload:
         import attnfast
@@ -95,6 +95,8 @@ class AttnfastBinary(Peer):
         from attnfast._ext import _C
 
         query, key, value = (inputs[name].detach() for name in ("query", "key", "value"))
+        if not query.is_cpu:
+            raise Unsupported("attnfast._C is the CPU's binary")
         out = torch.empty_like(inputs.grad_out)
         lse = torch.empty(query.shape[:-1], dtype=torch.float32)
         modifications = (None,) * 12  # mask, biases, lengths, offsets, slopes, sink, centre, seed, bounds
@@ -121,7 +123,7 @@ def _sdpa_call(
     if case.bias:
         options["attn_mask"] = inputs["bias"]
     if case.key_lengths:
-        positions = torch.arange(case.key_tokens)
+        positions = torch.arange(case.key_tokens, device=inputs["query"].device)
         options["attn_mask"] = (positions < inputs["key_lengths"][:, None])[:, None, None, :]
     if case.dropout_p:
         options["dropout_p"] = case.dropout_p
@@ -146,9 +148,10 @@ def _padded(case: AttentionCase, inputs: Inputs) -> Workload:
         return torch.cat([padded[i, :, :n].transpose(0, 1) for i, n in enumerate(lengths)])
 
     query, key, value = (pad(inputs[name].detach()).requires_grad_() for name in inputs.wanted)
-    mask = (torch.arange(longest) < torch.tensor(lengths)[:, None])[:, None, None, :]
+    device = query.device
+    mask = (torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None])[:, None, None, :]
     if case.causal:
-        mask = mask & torch.ones(longest, longest, dtype=torch.bool).tril()
+        mask = mask & torch.ones(longest, longest, dtype=torch.bool, device=device).tril()
     call = functools.partial(F.scaled_dot_product_attention, query, key, value, attn_mask=mask)
     return Workload(call, (query, key, value), pad(inputs.grad_out), unpack)
 
@@ -157,7 +160,7 @@ class TorchSdpa(Peer):
     """``F.scaled_dot_product_attention`` as it chooses by itself (the CPU flash kernel where that applies)."""
 
     name = TORCH
-    suites = ("dot", "threads", "accuracy", "overhead", "sweep")
+    suites = ("dot", "threads", "accuracy", "overhead", "sweep", "gpu")
 
     def build(self, case: AttentionCase, inputs: Inputs) -> Workload:
         if case.varlen:
@@ -248,9 +251,9 @@ class TorchFlex(Peer):
 
         options: dict[str, Any] = {}
         if case.causal:
-            options["block_mask"] = create_block_mask(
-                lambda b, h, q, k: q >= k, None, None, case.query_tokens, case.key_tokens, device="cpu"
-            )
+            tokens = (case.query_tokens, case.key_tokens)
+            device = str(inputs["query"].device)
+            options["block_mask"] = create_block_mask(lambda b, h, q, k: q >= k, None, None, *tokens, device=device)
         if case.bias:
             bias = inputs["bias"].detach()
             options["score_mod"] = lambda score, b, h, q, k: score + bias[0, h, q, k]

@@ -35,12 +35,13 @@ class Suite:
     yardsticks: bool = True  # the machine's limits and one thread's time are measured in the same rounds
     hurried: bool = True  # a quick run that is late leaves its cases out
     whole_memory: bool = False  # memory of forward+backward too, which holds what the forward saves
+    gpu: bool = False  # runs on a GPU when no suite is named
 
 
 SUITES = {
     suite.name: suite
     for suite in (
-        Suite("dot", "Dot-product attention"),
+        Suite("dot", "Dot-product attention", gpu=True),
         Suite("additive", "Additive attention", yardsticks=False),
         Suite("topk", "The best slots of a memory"),
         Suite("threads", "How work is shared by threads"),
@@ -58,6 +59,7 @@ SUITES = {
         ),
         Suite("gather", "Weighted rows of a table", default=False, memory=False, yardsticks=False),
         Suite("pkm", "Product-key memory", default=False, yardsticks=False, whole_memory=True),
+        Suite("gpu", "Dot-product attention at the sizes of a GPU", default=False, yardsticks=False, gpu=True),
         Suite("model", "A transformer encoder on scikit-learn's digits"),
     )
 }
@@ -77,6 +79,17 @@ class Inputs:
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.tensors[name]
+
+    def to(self, device: str) -> Inputs:
+        """The same inputs on another device, as leaves."""
+
+        if device == "cpu":
+            return self
+
+        def moved(x: torch.Tensor) -> torch.Tensor:
+            return x.detach().to(device).requires_grad_(x.requires_grad)
+
+        return Inputs({name: moved(x) for name, x in self.tensors.items()}, self.wanted, moved(self.grad_out))
 
 
 @dataclass
@@ -159,9 +172,9 @@ def suites() -> tuple[str, ...]:
     return tuple(SUITES)
 
 
-def default_suites() -> tuple[str, ...]:
+def default_suites(device: str = "cpu") -> tuple[str, ...]:
     """What runs when no suite is named."""
-    return tuple(suite.name for suite in SUITES.values() if suite.default)
+    return tuple(suite.name for suite in SUITES.values() if (suite.default if device == "cpu" else suite.gpu))
 
 
 def cases(suite: str, quick: bool = False) -> list[Any]:
@@ -196,6 +209,7 @@ def _load() -> None:
         cases_additive,
         cases_dot,
         cases_gather,
+        cases_gpu,
         cases_masks,
         cases_overhead,
         cases_scaling,
@@ -205,5 +219,6 @@ def _load() -> None:
         peers,
         peers_additive,
         peers_gather,
+        peers_gpu,
         peers_topk,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from . import registry
 from .machine import environment
 from .measure import Sampler, Settings, errors, interleave, on_threads, quiet_gc, sampler, thread_count
-from .memory import MemoryMeter
+from .memory import MemoryMeter, measure_cuda
 from .registry import OURS, Inputs, Peer, Unsupported, Workload
 from .results import FAILED, OK, SKIPPED, UNSUPPORTED, Row
 from .yardsticks import FMA_PEAK, Yardstick, fma_peak, stream
@@ -34,6 +34,7 @@ class Plan:
     case: str = ""  # only cases whose name contains this
     memory: bool = True
     settings: Settings | None = None
+    device: str = "cpu"  # or "cuda", where `threads` means nothing
 
     def cases(self, suite: str) -> list[Any]:
         return [case for case in registry.cases(suite, self.quick) if self.case in case.name]
@@ -75,7 +76,7 @@ class Run:
 
     def execute(self) -> list[Row]:
         self._start = time.monotonic()
-        self._environment = environment()
+        self._environment = environment(self.plan.device)
         self._meter = MemoryMeter() if self.plan.memory else None
         for suite in self.plan.suites:
             if suite == "model":
@@ -103,6 +104,7 @@ class Run:
         torch.compiler.reset()  # compiled peers of the case before would count against this one's recompile limit
         inputs = case.inputs()
         oracle = case.oracle(inputs)
+        inputs = inputs.to(self.plan.device)
         with thread_count(self.plan.threads[0]):
             prepared = [self._prepare(case, peer, inputs, oracle) for peer in self._peers(case)]
         memory: dict[tuple[str, str], tuple[int | None, str]] = {}
@@ -111,7 +113,7 @@ class Run:
                 self.advance(f"{case.suite}: {case.name}, {which}, {threads} threads")
                 with thread_count(threads), quiet_gc():
                     rows = self._time(case, inputs, prepared, which, threads)
-                self._add_memory(case, rows, memory)
+                self._add_memory(case, rows, memory, prepared)
                 self.rows.extend(rows)
 
     def _peers(self, case: Any) -> list[Peer]:
@@ -163,7 +165,7 @@ class Run:
                     row.note = _reason(error)
             rows.append(row)
         yardsticks: list[Yardstick] = []
-        if registry.SUITES[case.suite].yardsticks:
+        if registry.SUITES[case.suite].yardsticks and self.plan.device == "cpu":
             streamed = case.streamed(inputs)
             yardsticks = [fma_peak(), *([stream(streamed)] if streamed else [])]
             samplers.update({yardstick.name: yardstick.sample for yardstick in yardsticks})
@@ -181,7 +183,7 @@ class Run:
             if OURS in samplers:
                 ratio = timing.ratio(row.peer, OURS)
                 row.ratio, row.ratio_q25, row.ratio_q75 = ratio.median, ratio.low, ratio.high
-            if not yardsticks:
+            if not yardsticks and self.plan.device == "cpu":
                 continue
             flops = case.flops(which)
             row.gflops = flops / seconds.median / 1e9
@@ -195,7 +197,13 @@ class Run:
                 row.over_one_thread = timing.ratio(_ONE_THREAD, OURS).median
         return rows
 
-    def _add_memory(self, case: Any, rows: list[Row], known: dict[tuple[str, str], tuple[int | None, str]]) -> None:
+    def _add_memory(
+        self,
+        case: Any,
+        rows: list[Row],
+        known: dict[tuple[str, str], tuple[int | None, str]],
+        ready: Sequence[_Prepared] = (),
+    ) -> None:
         """Memory once per pass, at the largest number of threads (scratch grows with threads).
 
         Not for suites about something else, compiled peers (each measuring process would compile anew, for most of a
@@ -213,6 +221,13 @@ class Run:
             if self.plan.quick and (row.pass_ != last or row.peer not in (OURS, registry.TORCH, registry.EAGER)):
                 continue
             key = (row.pass_, row.peer)
+            if key not in known and self.plan.device != "cpu":
+                prepared = next(each for each in ready if each.peer.name == row.peer)
+                assert prepared.workload is not None
+                try:
+                    known[key] = measure_cuda(prepared.peer, prepared.workload, row.pass_), ""
+                except Exception as error:
+                    known[key] = None, _reason(error)
             if key not in known:
                 task = (row.suite, row.case, row.peer, row.pass_, max(self.plan.threads))
                 known[key] = self._meter.measure(*task)

@@ -26,6 +26,13 @@ except ImportError:
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = ["reference", *(f"cpu-{name}" for name in ISAS)]
+try:
+    from attnfast.ops import has_cuda
+
+    if torch.cuda.is_available() and has_cuda():
+        BACKENDS.append("cuda")
+except ImportError:
+    pass
 
 
 # The same code as avx512 but for bfloat16: other dtypes would be tested twice.
@@ -80,6 +87,30 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     yield from _use_isa(request.param)
 
 
+def on_device(function: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """`function` on copies of its tensors there, its results brought back; gradients find their way through both.
+
+    What there are no kernels for yet is skipped, by the name that the refusal gives.
+    """
+
+    def move(x: Any, to: str) -> Any:
+        if isinstance(x, torch.Tensor):
+            return x.to(to)
+        if isinstance(x, tuple):
+            moved = [move(each, to) for each in x]
+            return type(x)(*moved) if hasattr(x, "_fields") else tuple(moved)
+        return x
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return move(function(*move(args, device), **{name: move(x, device) for name, x in kwargs.items()}), "cpu")
+        except NotImplementedError as error:
+            pytest.skip(str(error))
+
+    return call
+
+
 def _make_backend(name: str) -> Iterator[Any]:
     kind, _, name = name.partition("-")
     if kind == "reference":
@@ -97,6 +128,9 @@ def _make_backend(name: str) -> Iterator[Any]:
         return
     import attnfast
 
+    def place(function: Callable[..., Any]) -> Callable[..., Any]:
+        return on_device(function, "cuda") if kind == "cuda" else function
+
     def seeded(function: Callable[..., Any], seed: Sequence[int]) -> Callable[..., Any]:
         """`function` with the seed that it would have drawn replaced."""
 
@@ -111,11 +145,11 @@ def _make_backend(name: str) -> Iterator[Any]:
         yield SimpleNamespace(
             kind=kind,
             isa=attnfast.get_isa(),
-            attention=attnfast.attention,
-            scaled_dot_product_attention=attnfast.scaled_dot_product_attention,
-            varlen_attention=attnfast.varlen_attention,
-            seeded=functools.partial(seeded, attnfast.attention),
-            seeded_varlen=functools.partial(seeded, attnfast.varlen_attention),
+            attention=place(attnfast.attention),
+            scaled_dot_product_attention=place(attnfast.scaled_dot_product_attention),
+            varlen_attention=place(attnfast.varlen_attention),
+            seeded=functools.partial(seeded, place(attnfast.attention)),
+            seeded_varlen=functools.partial(seeded, place(attnfast.varlen_attention)),
         )
 
 

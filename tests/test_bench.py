@@ -237,6 +237,7 @@ def test_required_cases_are_there() -> None:
         "scaling",
         "gather",
         "pkm",
+        "gpu",
         "model",
     )
     assert registry.default_suites() == ("dot", "additive", "topk", "threads", "masks", "overhead", "model")

@@ -2,10 +2,13 @@
 
 The isolated build has the build requirements of pyproject.toml and nothing else, so it proves that torch is not among
 them. torch itself, large and unchanged, is borrowed from the environment this script runs in.
+
+The wheel is the variant that ATTNFAST_CUDA asks for (setup.py), without it the CPU's.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -18,6 +21,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+CUDA = os.environ.setdefault("ATTNFAST_CUDA", "OFF").upper() == "ON"
 
 USE = """
 import sys, torch, attnfast, attnfast.benchmarks
@@ -42,6 +46,7 @@ def check_sdist(path: Path) -> None:
     with tarfile.open(path) as archive:
         names = archive.getnames()
     wanted = ["CMakeLists.txt", "csrc/bindings/module.cpp", "csrc/core/params.h", "attnfast/_C.pyi",
+              "csrc/cuda/ptx.cuh", "csrc/simt/simt.h", "tools/cuda_occupancy.cpp", "attnfast/_cuda.pyi",
               "tests/conftest.py", "benchmarks/__init__.py", "tools/check_symbols.py", "Makefile",
               "LICENSE"]  # fmt: skip
     require(names, wanted, path.name)
@@ -57,6 +62,8 @@ def check_wheel(path: Path) -> None:
     suffix = str(sysconfig.get_config_var("EXT_SUFFIX"))
     require(names, [f"attnfast/_C{suffix}", "attnfast/_C.pyi", "attnfast/py.typed", "attnfast/cli/__init__.py",
                     "attnfast/benchmarks/__init__.py", "LICENSE"], path.name)  # fmt: skip
+    if any(name == f"attnfast/_cuda{suffix}" for name in names) != CUDA or ("+cuda" in path.name) != CUDA:
+        sys.exit(f"{path.name} is not the variant that ATTNFAST_CUDA={os.environ['ATTNFAST_CUDA']} asks for")
     strangers = [name for name in names if not name.startswith(("attnfast/", "attnfast-"))]
     if strangers:
         sys.exit(f"{path.name} installs {strangers[:3]} outside the package")
@@ -87,7 +94,9 @@ def main() -> int:
             [*pip, "install", "--no-deps", "--no-index", "--ignore-installed", str(wheel)], cwd=folder
         )
         subprocess.check_call([str(python), "-c", USE], cwd=folder)
-        subprocess.check_call([str(python), "-m", "attnfast", "info"], cwd=folder, stdout=subprocess.DEVNULL)
+        info = subprocess.check_output([str(python), "-m", "attnfast", "info"], cwd=folder, text=True)
+        if ("cuda built for sm" in info) != CUDA:
+            sys.exit(f"`python -m attnfast info` does not name the variant:\n{info}")
     print("check_package: sdist and wheel are complete and work")
     return 0
 

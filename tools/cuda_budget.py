@@ -1,11 +1,17 @@
-"""Compiles every CUDA kernel for every GPU architecture and compares registers and memory with the budget.
+"""Compares what the compiler made of every CUDA kernel, on every GPU architecture, with the budget. Runs on no GPU.
 
     python tools/cuda_budget.py            check against tests/cuda_budget.json
-    python tools/cuda_budget.py --write    write what the compiler reports now
+    python tools/cuda_budget.py --write    write what is found now, and docs/roofline.md, which quotes it
 
-A spill is an error whatever the budget says. More registers or memory than the budget is an error; fewer are shown, so
-that the budget can follow. Dynamic shared memory is decided at launch and not known to the compiler; docs/cuda.md lists
-it. Nothing runs on a GPU here.
+The module is built first (tools/cuda_module.py); registers, memory and instructions are read from it (cuda_sass.py).
+How large the blocks are and how much dynamic shared memory they have is decided by the host side of a launch: the
+programs of tests/simt note it for every kernel that they run under the emulator. With it NVIDIA's occupancy rules say
+how many blocks fit a multiprocessor (cuda_occupancy.cpp).
+
+Whatever the budget says, an access to local memory (a spill) is an error, and so is a kernel that fits no
+multiprocessor, that the emulator never ran, or that lacks what its name promises (`required` of cuda_sass.py). More
+registers or memory than the budget, or fewer blocks, is an error; what is better is shown, so that the budget can
+follow. A count of instructions may differ by a tenth.
 """
 
 from __future__ import annotations
@@ -13,67 +19,91 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
-import shutil
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import cuda_module
+import cuda_sass
+import roofline
+import simt_tests
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = ROOT / "tests" / "cuda_budget.json"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
-FIELDS = ("registers", "spill_bytes", "stack_bytes", "static_shared_bytes")
-Usage = dict[str, dict[str, dict[str, int]]]  # architecture -> kernel -> field -> number
+# Fields of which there may be no more than in the budget, and no less. All others are counts of instructions.
+AT_MOST = ("registers", "stack_bytes", "static_shared_bytes", "dynamic_shared_bytes", "threads")
+AT_LEAST = ("blocks_per_sm",)
+Launches = dict[str, tuple[int, int]]  # kernel -> threads and bytes of dynamic shared memory, the largest of each
+Usage = cuda_sass.Usage
 
 
-def kernel_name(mangled: str) -> str:
-    """``dot_attention_fma_kernel<float, 64>`` from its mangled form; the anonymous namespace's name varies."""
-    text = subprocess.run(["c++filt", mangled], check=True, capture_output=True, text=True).stdout
-    match = re.search(r"(\w+_kernel)(<.*?>)?\(", text)
-    if match is None:
-        return mangled
-    noise = r"\(?anonymous namespace\)?::|attnfast::cuda::|_GLOBAL__N__\w+::|\((?:int|bool)\)"
-    arguments = re.sub(noise, "", match[2] or "")
-    return match[1] + arguments.replace("()", "")
+def launches_of(symbols: str, notes: str) -> Launches:
+    """Join the notes of a program under the emulator (csrc/simt/simt.h, note_launch) with ``nm`` of that program."""
+    addresses = {}
+    for line in symbols.splitlines():
+        words = line.split(maxsplit=2)
+        if len(words) == 3 and words[1] in "tTwW":
+            addresses[int(words[0], 16)] = words[2]
+    (start,) = (at for at, name in addresses.items() if name == "attnfast::simt::set_seed(unsigned int)")
+    found: Launches = {}
+    for line in notes.splitlines():
+        offset, threads, shared = map(int, line.split())
+        if name := cuda_sass.kernel_name(addresses[start + offset]):
+            before = found.get(name, (0, 0))
+            found[name] = max(before[0], threads), max(before[1], shared)
+    return found
 
 
-def usage_of(log: str) -> dict[str, dict[str, int]]:
-    """Read what ``ptxas -v`` prints."""
-    kernels: dict[str, dict[str, int]] = {}
-    current: dict[str, int] = {}
-    for line in log.splitlines():
-        if match := re.search(r"Compiling entry function '(\w+)'", line):
-            current = kernels[kernel_name(match[1])] = dict.fromkeys(FIELDS, 0)
-        elif match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
-            current["stack_bytes"] = int(match[1])
-            current["spill_bytes"] = int(match[2]) + int(match[3])
-        elif match := re.search(r"Used (\d+) registers", line):
-            current["registers"] = int(match[1])
-            if shared := re.search(r"(\d+) bytes smem", line):
-                current["static_shared_bytes"] = int(shared[1])
-    return kernels
+def emulated_launches() -> Launches:
+    """Every kernel that the programs of tests/simt run, building and running them if that has not been done."""
+    folder = simt_tests.build("none")
+    found: Launches = {}
+    for name in simt_tests.PROGRAMS:
+        program, notes = folder / f"attnfast_simt_{name}", simt_tests.launch_notes(folder, name)
+        if not notes.exists() or notes.stat().st_mtime < program.stat().st_mtime:
+            result = simt_tests.run_noting(folder, name)
+            if result.returncode != 0:
+                sys.exit(f"cuda_budget: {program.name} failed:\n{result.stdout[-4000:]}")
+        symbols = subprocess.run(["nm", "-C", str(program)], check=True, capture_output=True, text=True).stdout
+        for kernel, size in launches_of(symbols, notes.read_text()).items():
+            before = found.get(kernel, (0, 0))
+            found[kernel] = max(before[0], size[0]), max(before[1], size[1])
+    return found
 
 
-def compile_all(nvcc: str) -> Usage:
-    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+def occupancy(nvcc: str, questions: list[tuple[str, int, int, int, int]]) -> list[int]:
+    """Blocks of each kernel on a multiprocessor; a question is a line of tools/cuda_occupancy.cpp."""
+    include = subprocess.run(
+        [nvcc, "-E", "-Xcompiler", "-v", "-x", "cu", "/dev/null"], capture_output=True, text=True
+    ).stderr
+    folders = [Path(line.strip()) for line in include.splitlines() if line.startswith(" /")]
+    header = next((folder for folder in folders if (folder / "cuda_occupancy.h").is_file()), None)
+    if header is None:
+        sys.exit(f"cuda_budget: cuda_occupancy.h is in none of {[str(folder) for folder in folders]}")
+    with tempfile.TemporaryDirectory() as temporary:
+        program = Path(temporary) / "occupancy"
+        source = ROOT / "tools" / "cuda_occupancy.cpp"
+        compiler = os.environ.get("CXX") or "c++"
+        subprocess.check_call([compiler, "-std=c++20", f"-I{header}", "-o", str(program), str(source)])
+        text = "\n".join(" ".join(map(str, question)) for question in questions)
+        answer = subprocess.run([str(program)], input=text, check=True, capture_output=True, text=True).stdout
+    return [int(word) for word in answer.split()]
 
-    def compile_one(job: tuple[str, Path]) -> tuple[str, dict[str, dict[str, int]]]:
-        architecture, source = job
-        with tempfile.TemporaryDirectory() as folder:
-            command = [nvcc, "-std=c++20", f"-I{ROOT / 'csrc'}", f"-arch={architecture}", "-cubin", "-Xptxas", "-v",
-                       "-o", f"{folder}/kernel.cubin", str(source)]  # fmt: skip
-            result = subprocess.run(command, capture_output=True, text=True)
-        if result.returncode != 0:
-            sys.exit(f"{source.name} for {architecture}: {result.stderr}")
-        return architecture, usage_of(result.stdout + result.stderr)
 
-    usage: Usage = {architecture: {} for architecture in ARCHITECTURES}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for architecture, kernels in pool.map(compile_one, [(a, s) for a in ARCHITECTURES for s in sources]):
-            usage[architecture].update(kernels)
-    return usage
+def add_launches(nvcc: str, usage: Usage, launches: Launches) -> None:
+    """Put the size of its blocks and how many of them fit beside every kernel that the emulator ran."""
+    questions, answered = [], []
+    for architecture, kernels in usage.items():
+        for name, used in kernels.items():
+            if name in launches:
+                used["threads"], used["dynamic_shared_bytes"] = launches[name]
+                questions.append((architecture, used["registers"], *launches[name][:1], used["static_shared_bytes"],
+                                  launches[name][1]))  # fmt: skip
+                answered.append(used)
+    for used, blocks in zip(answered, occupancy(nvcc, questions), strict=True):
+        used["blocks_per_sm"] = blocks
 
 
 def compare(usage: Usage, budget: Usage) -> list[str]:
@@ -84,31 +114,59 @@ def compare(usage: Usage, budget: Usage) -> list[str]:
         for name in sorted(set(kernels) ^ set(allowed)):
             problems.append(f"{architecture} {name}: {'not in the budget' if name in kernels else 'no such kernel'}")
         for name, used in kernels.items():
-            if used["spill_bytes"]:
-                problems.append(f"{architecture} {name}: {used['spill_bytes']} bytes of spills")
-            for field in FIELDS:
-                limit = allowed.get(name, {}).get(field, used[field])
-                if used[field] > limit:
-                    problems.append(f"{architecture} {name}: {used[field]} {field}, budget {limit}")
-                elif used[field] < limit:
-                    print(f"below its budget: {architecture} {name}: {used[field]} {field}, budget {limit}")
+            where = f"{architecture} {name}"
+            problems += [f"{where}: {text}" for text in cuda_sass.required(name, used)]
+            if "threads" not in used:
+                problems.append(f"{where}: no program of tests/simt runs it, so its shared memory is not known")
+            elif used["blocks_per_sm"] == 0:
+                problems.append(f"{where}: fits no multiprocessor")
+            for field, number in used.items():
+                limit = allowed.get(name, {}).get(field, number)
+                text = f"{where}: {number} {field}, budget {limit}"
+                better = number < limit if field in AT_MOST else number > limit
+                if number == limit:
+                    continue
+                if field not in AT_MOST + AT_LEAST:
+                    if abs(number - limit) > max(2, limit // 10):
+                        problems.append(text)
+                elif better:
+                    print(f"better than its budget: {text}")
+                else:
+                    problems.append(text)
     return problems
+
+
+def as_text(usage: Usage) -> str:
+    """JSON with one line a kernel, so that a diff shows which."""
+    parts = []
+    for architecture in sorted(usage):
+        lines = [f"  {json.dumps(name)}: {json.dumps(used)}" for name, used in sorted(usage[architecture].items())]
+        parts.append(f" {json.dumps(architecture)}: {{\n" + ",\n".join(lines) + "\n }")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true")
     given = parser.parse_args()
-    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    nvcc = cuda_module.find_nvcc()
     if nvcc is None:
         print("cuda_budget: NOT CHECKED, there is no nvcc on this machine")
         return 0
-    usage = compile_all(nvcc)
+    cuobjdump = cuda_sass.find_cuobjdump(nvcc)
+    if cuobjdump is None:
+        print("cuda_budget: NOT CHECKED, there is no cuobjdump on this machine (requirements-dev.txt installs it)")
+        return 0
+    usage = cuda_sass.read_module(cuobjdump, cuda_module.build())
+    if missing := set(ARCHITECTURES) ^ set(usage):
+        sys.exit(f"cuda_budget: the module and this check do not agree on {', '.join(sorted(missing))}")
+    add_launches(nvcc, usage, emulated_launches())
     if given.write:
-        BUDGET.write_text(json.dumps(usage, indent=1, sort_keys=True) + "\n")
+        BUDGET.write_text(as_text(usage))
+        roofline.write()
     problems = compare(usage, json.loads(BUDGET.read_text()))
     count = sum(map(len, usage.values()))
-    print("\n".join(problems) or f"cuda_budget: {count} kernels within their budgets, no spills")
+    print("\n".join(problems) or f"cuda_budget: {count} kernels within their budgets, no access to local memory")
     return 1 if problems else 0
 
 

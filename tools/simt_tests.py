@@ -46,10 +46,14 @@ def run_cmake(folder: Path, target: str, *options: str) -> None:
     subprocess.check_call([program, "--build", str(folder), "--parallel", jobs, "--target", target])
 
 
-def build(sanitizer: str) -> Path:
+def build(sanitizer: str, target: str = "attnfast_simt_tests") -> Path:
+    """All programs of tests/simt, or one of them; returns their folder."""
     folder = ROOT / "build" / f"simt-{sanitizer}"
+    folder.mkdir(parents=True, exist_ok=True)
     kind = "" if sanitizer == "none" else sanitizer
-    run_cmake(folder, "attnfast_simt_tests", "-DATTNFAST_BUILD_SIMT_TESTS=ON", f"-DATTNFAST_SANITIZE={kind}")
+    with open(folder / ".lock", "w") as lock:  # as in build_module
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        run_cmake(folder, target, "-DATTNFAST_BUILD_SIMT_TESTS=ON", f"-DATTNFAST_SANITIZE={kind}")
     return folder
 
 
@@ -67,12 +71,27 @@ def build_module() -> Path:
     return modules
 
 
-def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run(program: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [str(program), *arguments]
     if sys.platform == "linux":
         # ThreadSanitizer of GCC 12 cannot place its shadow memory on kernels with many bits of address randomisation.
         command = ["setarch", "--addr-no-randomize", *command]
-    return subprocess.run(command, env={**os.environ, **OPTIONS}, capture_output=True, text=True, timeout=600)
+    variables = {**os.environ, **OPTIONS, **environment}
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=600)
+
+
+def launch_notes(folder: Path, name: str) -> Path:
+    """Where a program of PROGRAMS leaves what it launched (csrc/simt/simt.h, note_launch)."""
+    return folder / f"{name}.launches"
+
+
+def run_noting(folder: Path, name: str) -> subprocess.CompletedProcess[str]:
+    """Run one of PROGRAMS and keep the list of its launches if it finds nothing."""
+    notes = launch_notes(folder, name)
+    result = run(folder / f"attnfast_simt_{name}", ATTNFAST_SIMT_LAUNCHES=str(notes))
+    if result.returncode != 0:
+        notes.unlink(missing_ok=True)
+    return result
 
 
 def show(result: subprocess.CompletedProcess[str]) -> None:
@@ -124,7 +143,7 @@ def main() -> int:
         folders[sanitizer] = folder = build(sanitizer)
         built = time.perf_counter()
         for name in PROGRAMS:
-            result = run(folder / f"attnfast_simt_{name}")
+            result = run_noting(folder, name)
             print(f"{name}, sanitizer {sanitizer}: {result.stdout.strip().splitlines()[-1:]}")
             if result.returncode != 0:
                 print(f"FAILED: status {result.returncode}")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .._ext import has_cuda
 from . import CommandError
 from ._benchmarks import load_benchmarks
 
@@ -37,7 +38,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="NAME",
         help="dot, additive, topk, threads, masks, overhead, model, accuracy, gather, pkm (minutes each), "
         "sweep (T by D, ten minutes) or scaling (time and memory by T, minutes); repeatable (default: all but the last "
-        "five)",
+        "five; on a GPU dot and gpu)",
     )
     parser.add_argument("--case", default="", metavar="TEXT", help="only cases whose name contains TEXT")
     parser.add_argument("--quick", action="store_true", help="fewer cases and rounds: less than two minutes")
@@ -49,7 +50,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="hold both sides to an instruction set: baseline, avx2, avx512 or avx512_bf16 (sets ATTNFAST_ISA and "
         "ATEN_CPU_CAPABILITY)",
     )
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to run (default: cpu)")
+    parser.add_argument(
+        "--device",
+        default="",
+        choices=("cpu", "cuda"),
+        help="where to run (default: cuda where torch sees a GPU and attnfast has CUDA kernels, else cpu)",
+    )
     parser.add_argument("--out", type=Path, default=Path("bench-results"), metavar="DIR", help="default: bench-results")
     parser.add_argument("--compare", type=Path, metavar="CSV", help="also show the change since an earlier result")
     parser.add_argument("--from", type=Path, dest="source", metavar="CSV", help="show this result instead of measuring")
@@ -72,6 +78,19 @@ def parse_threads(text: str) -> tuple[int, ...]:
     return threads
 
 
+def choose_device(wanted: str) -> str:
+    """``cpu`` or ``cuda``: as asked for, else a GPU where there are one and kernels for it."""
+    if not wanted:
+        return "cuda" if torch.cuda.is_available() and has_cuda() else "cpu"
+    if wanted == "cuda":
+        found = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is a CPU build"
+        if not has_cuda():
+            raise CommandError(f"this build of attnfast has no CUDA kernels, so there is nothing to measure ({found})")
+        if not torch.cuda.is_available():
+            raise CommandError(f"torch sees no GPU ({found})")
+    return wanted
+
+
 def run(arguments: argparse.Namespace) -> int:
     missing = [package for module, package in _NEEDED.items() if importlib.util.find_spec(module) is None]
     if missing:
@@ -81,16 +100,16 @@ def run(arguments: argparse.Namespace) -> int:
     threads = parse_threads(arguments.threads)
     if arguments.isa:
         _hold_to(arguments.isa)
-    if arguments.device == "cuda":
-        found = f"CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
-        raise CommandError(
-            f"this build of attnfast has no CUDA kernels, so there is nothing to measure (torch is {found})"
-        )
+    arguments.device = choose_device(arguments.device)
+    if arguments.device != "cpu":
+        threads = threads[:1]
     registry = load_benchmarks("registry")
-    suites = tuple(arguments.suite or registry.default_suites())
+    suites = tuple(arguments.suite or registry.default_suites(arguments.device))
     for name in suites:
         if name not in registry.suites():
             raise CommandError(f"no suite {name!r}; there are {', '.join(registry.suites())}")
+        if name == "gpu" and arguments.device == "cpu" and not (arguments.list or arguments.source):
+            raise CommandError("suite 'gpu' takes hours on a CPU; it needs --device cuda")
     if arguments.list:
         _list(registry, suites, arguments.quick)
         return 0
@@ -152,7 +171,9 @@ def _measure(
     )
 
     runner = load_benchmarks("runner")
-    plan = runner.Plan(suites, threads, arguments.quick, arguments.case, memory=not arguments.no_memory)
+    plan = runner.Plan(
+        suites, threads, arguments.quick, arguments.case, memory=not arguments.no_memory, device=arguments.device
+    )
     if not plan.total():
         raise CommandError(f"no case of {', '.join(suites)} has {arguments.case!r} in its name; see bench --list")
     columns = (

@@ -9,6 +9,8 @@
 #include "bindings/arguments.h"
 #if !defined(ATTNFAST_SIMT)
 #include <cuda_runtime_api.h>
+
+#include "cuda/error.h"
 #endif
 
 namespace attnfast {
@@ -26,7 +28,7 @@ constexpr int32_t kDevice = dlpack::kCuda;
 constexpr const char* kBackend = "CUDA";
 
 inline void check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+  if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cuda::error_text(status));
 }
 
 inline void* current_stream(int32_t device) {

@@ -7,6 +7,9 @@
 
 #include "core/params.h"
 #include "cuda/ptx.cuh"
+#if defined(__CUDACC__)
+#include "cuda/error.h"
+#endif
 
 namespace attnfast::cuda {
 
@@ -27,7 +30,7 @@ inline std::string call_text(const char* kernel, const AttentionParams& p) {
 inline void check_launched([[maybe_unused]] const char* kernel, [[maybe_unused]] const AttentionParams& p) {
 #if defined(__CUDACC__)
   const cudaError_t status = cudaGetLastError();
-  if (status != cudaSuccess) throw std::runtime_error(call_text(kernel, p) + ": " + cudaGetErrorString(status));
+  if (status != cudaSuccess) throw std::runtime_error(call_text(kernel, p) + ": " + error_text(status));
 #endif
 }
 
@@ -42,7 +45,7 @@ void allow_shared([[maybe_unused]] Kernel kernel, [[maybe_unused]] size_t bytes,
   if (status == cudaSuccess) return;
   static_cast<void>(cudaGetLastError());  // it has been reported now
   throw std::runtime_error(call_text(name, p) + ": " + std::to_string(bytes) +
-                           " bytes of shared memory are not to be had: " + cudaGetErrorString(status));
+                           " bytes of shared memory are not to be had: " + error_text(status));
 #endif
 }
 

@@ -2,8 +2,11 @@
 #include "simt/block.h"
 
 #include <algorithm>
+#include <cstdio>
 #include <cstdlib>
 #include <mutex>
+#include <set>
+#include <tuple>
 
 namespace attnfast::simt {
 
@@ -198,9 +201,40 @@ void run_block() {
   }
 }
 
+// What has been launched, one line each: the kernel's address, relative to set_seed() because programs are loaded
+// anywhere (`nm` of the program tells which kernel that is), threads of a block, bytes of shared memory.
+class LaunchNotes {
+ public:
+  ~LaunchNotes() {
+    if (file_ == nullptr) return;
+    std::FILE* file = std::fopen(file_, "w");
+    if (file == nullptr) return;
+    for (const auto& [offset, threads, bytes] : notes_) {
+      std::fprintf(file, "%lld %u %llu\n", static_cast<long long>(offset), threads,
+                   static_cast<unsigned long long>(bytes));
+    }
+    std::fclose(file);
+  }
+  void add(const void* kernel, Dim3 block, size_t shared_bytes) {
+    if (file_ == nullptr) return;
+    const auto from = reinterpret_cast<intptr_t>(&set_seed);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    notes_.emplace(reinterpret_cast<intptr_t>(kernel) - from, block.x * block.y * block.z, shared_bytes);
+  }
+
+ private:
+  const char* const file_ = std::getenv("ATTNFAST_SIMT_LAUNCHES");
+  std::mutex mutex_;
+  std::set<std::tuple<intptr_t, unsigned, size_t>> notes_;
+};
+
 }  // namespace
 
 void set_seed(uint32_t seed) { g_seed = seed; }
+void note_launch(const void* kernel, Dim3 block, size_t shared_bytes) {
+  static LaunchNotes notes;
+  notes.add(kernel, block, shared_bytes);
+}
 uint32_t seed() { return g_seed; }
 const Counters& counters() { return g_block.counters; }
 void reset_counters() { g_block.counters = Counters(); }

@@ -6,8 +6,9 @@
 #define ATTNFAST_DEVICE inline
 #define ATTNFAST_SHARED(name) unsigned char* const name = ::attnfast::simt::shared_memory()
 // The stream is ignored: a launch has ended when it returns.
-#define ATTNFAST_LAUNCH(kernel, grid, block, shared, stream, ...) \
-  (static_cast<void>(stream), ::attnfast::simt::launch(#kernel, grid, block, shared, [&] { kernel(__VA_ARGS__); }))
+#define ATTNFAST_LAUNCH(kernel, grid, block, shared, stream, ...)                                                 \
+  (static_cast<void>(stream), ::attnfast::simt::note_launch(::attnfast::simt::address_of(kernel), block, shared), \
+   ::attnfast::simt::launch(#kernel, grid, block, shared, [&] { kernel(__VA_ARGS__); }))
 
 namespace attnfast::ptx {
 

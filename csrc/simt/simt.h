@@ -55,4 +55,14 @@ void reset_counters();
 // nothing. One launch at a time: a second caller waits.
 void launch(const char* kernel, Dim3 grid, Dim3 block, size_t shared_bytes, const std::function<void()>& body);
 
+// Notes the block of a kernel that is about to be launched. Where the environment names a file in
+// ATTNFAST_SIMT_LAUNCHES the notes are written to it when the process ends: tools/cuda_budget.py reads there which
+// kernels have run and how much shared memory each asks for, which a compiler does not know.
+void note_launch(const void* kernel, Dim3 block, size_t shared_bytes);
+
+template <class Kernel>
+const void* address_of(Kernel* kernel) {
+  return reinterpret_cast<const void*>(kernel);
+}
+
 }  // namespace attnfast::simt

@@ -456,11 +456,43 @@ void test_reports() {
   test_rounds();
 }
 
+// One mma with registers from standard input, lane by lane (four words of A and two of B in hexadecimal, four numbers
+// of C), and its four results a lane; what ldmatrix_kernel makes of the numbers 0 to 255. Nothing here knows a fragment
+// map: tests/test_fragment_maps.py brings that of CuTe.
+int run_mma(MmaType type) {
+  std::vector<uint32_t> a(128), b(64);
+  std::vector<float> d(128);
+  bool complete = true;
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int i = 0; i < 4; ++i) complete = std::scanf("%x", &a[4 * lane + i]) == 1 && complete;
+    for (int i = 0; i < 2; ++i) complete = std::scanf("%x", &b[2 * lane + i]) == 1 && complete;
+    for (int i = 0; i < 4; ++i) complete = std::scanf("%f", &d[4 * lane + i]) == 1 && complete;
+  }
+  if (!complete) return 2;
+  ATTNFAST_LAUNCH(mma_kernel, Dim3{1}, Dim3{32}, 0, nullptr, type, a.data(), b.data(), d.data());
+  for (float x : d) std::printf("%.9g\n", x);
+  return 0;
+}
+
+int run_ldmatrix() {
+  constexpr int kPitch = 8;
+  std::vector<uint32_t> out(32 * 12);
+  ATTNFAST_LAUNCH(ldmatrix_kernel, Dim3{1}, Dim3{32}, 32 * kPitch * 2, nullptr, out.data(), kPitch);
+  for (uint32_t x : out) std::printf("%u\n", x);
+  return 0;
+}
+
 }  // namespace
 }  // namespace attnfast::simt
 
-int main() {
+// Without an argument: all tests. With one: the instruction of that name, see run_mma.
+int main(int count, char** arguments) {
   using namespace attnfast::simt;
+  const std::string instruction = count > 1 ? arguments[1] : "";
+  if (instruction == "ldmatrix") return run_ldmatrix();
+  if (instruction == "bf16") return run_mma(MmaType::kBFloat16);
+  if (instruction == "f16") return run_mma(MmaType::kFloat16);
+  if (instruction == "tf32") return run_mma(MmaType::kTf32);
   test_conversions();
   for (uint32_t seed = 0; seed < kSeeds; ++seed) {
     set_seed(seed);

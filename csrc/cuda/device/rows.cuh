@@ -219,8 +219,10 @@ template <class R>
 ATTNFAST_DEVICE R drop(const AttentionParams& p, const Rows& r, int64_t q, int64_t k, R weight) {
   const auto row = static_cast<uint64_t>(row_index(p, r.sequence, r.head, q));
   const Philox4 random = philox(p.seed, p.offset, row, static_cast<uint32_t>(k / 4));
-  uint32_t word = random.word[0];
-  for (int i = 1; i < 4; ++i) word = k % 4 == i ? random.word[i] : word;
+  // Without an index that a loop computes: compilers for sm_100 and later put the words in local memory for it.
+  const bool odd = (k & 1) != 0, second = (k & 2) != 0;
+  const uint32_t low = odd ? random.word[1] : random.word[0], high = odd ? random.word[3] : random.word[2];
+  const uint32_t word = second ? high : low;
   return word < dropout_threshold(p.dropout_p) ? R(0) : weight * static_cast<R>(dropout_scale(p.dropout_p));
 }
 
