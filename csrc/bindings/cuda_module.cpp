@@ -12,7 +12,14 @@
 namespace attnfast {
 namespace {
 
-PyMethodDef g_functions[] = {op_function<dot_attention_fwd>("dot_attention_fwd"), {nullptr, nullptr, 0, nullptr}};
+PyMethodDef g_functions[] = {op_function<dot_attention_fwd>("dot_attention_fwd"),
+                             op_function<topk_scores_workspace>("topk_scores_workspace"),
+                             op_function<topk_scores_fwd>("topk_scores_fwd"),
+                             op_function<weighted_gather_fwd>("weighted_gather_fwd"),
+                             op_function<weighted_gather_partial_rows>("weighted_gather_partial_rows"),
+                             op_function<weighted_gather_bwd>("weighted_gather_bwd"),
+                             op_function<product_keys>("product_keys"),
+                             {nullptr, nullptr, 0, nullptr}};
 
 void init(const py::object& exchange_api_capsule) { g_exchange_api = exchange_api_from_capsule(exchange_api_capsule); }
 

@@ -1,5 +1,5 @@
 // The functions of attnfast._C that are not plain pybind11 ones, each with its arguments as CPython hands them over.
-// _C.pyi documents them.
+// _C.pyi documents them, and _cuda.pyi those of attnfast._cuda.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -15,6 +15,7 @@ OpFunction dot_attention_fwd, dot_attention_bwd, dot_attention_decode_obstacle;
 OpFunction additive_attention_fwd, additive_attention_bwd, additive_attention_decode_obstacle;
 OpFunction topk_scores_fwd, topk_scores_bwd;
 OpFunction weighted_gather_fwd, weighted_gather_bwd, product_keys;
+OpFunction topk_scores_workspace, weighted_gather_partial_rows;  // of attnfast._cuda alone
 OpFunction ordinary_call, ordinary_gradient;
 
 // The objects that ordinary_call and ordinary_gradient ask about a call, in the order of TorchProbes; kept for ever.
