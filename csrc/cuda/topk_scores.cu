@@ -46,11 +46,11 @@ struct Plan {
                                                    : (sizeof(R) == 4 ? 3072 : 2304);
   static_assert(kCapacity >= kMaxCount + kSlots && kShareStep % kSlots == 0);
 
-  static int query_pitch(int64_t size) {
+  static constexpr int query_pitch(int64_t size) {
     const int columns = size > 0 ? static_cast<int>(size < kResident ? size : kResident) : 1;
     return size <= kResident ? (columns + kColumns - 1) / kColumns * kColumns + kVector : kPitch;
   }
-  static size_t shared_bytes(int64_t size) {
+  static constexpr size_t shared_bytes(int64_t size) {
     const size_t candidates = (kQueries * kCapacity + kQueries) * sizeof(Candidate<R>);
     return candidates + (kSlots * kPitch + kQueries * query_pitch(size)) * sizeof(R) + kQueries * sizeof(int);
   }
@@ -284,6 +284,7 @@ Schedule schedule_of(const TopkParams& p) {
 template <class R, class T, Size SIZE>
 void launch(const TopkParams& p, const Schedule& s, void* workspace, Stream stream) {
   using P = Plan<R, SIZE>;
+  static_assert(P::shared_bytes(P::kResident) <= 99 * 1024, "what sm_120 has for a block");
   constexpr const char* kName = "topk_scores";
   if (s.groups * s.splits > INT32_MAX || p.queries > INT32_MAX) {
     throw std::runtime_error(call_text(kName, p) + ": more than 2^31 blocks");

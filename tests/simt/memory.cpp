@@ -197,7 +197,9 @@ std::string check_skewed_use(int64_t uses) {
 int main(int count, char** arguments) {
   using namespace attnfast;
   using namespace attnfast::simt;
-#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+#if defined(__SANITIZE_THREAD__)
+  int64_t cases = 6, first = 0;
+#elif defined(__SANITIZE_ADDRESS__)
   int64_t cases = 30, first = 0;
 #else
   int64_t cases = 100, first = 0;
