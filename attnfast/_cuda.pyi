@@ -189,3 +189,61 @@ def additive_attention_bwd(
 
 def additive_attention_workspace(query: Tensor, key: Tensor, value: Tensor, /) -> tuple[int, int]:
     """Return how many elements of workspace the forward and the backward of the additive core need."""
+
+def topk_scores_workspace(keys: Tensor, queries: int, k: int, /) -> int:
+    """Return how many int64 words ``topk_scores_fwd`` wants as workspace for ``keys [N, D]``; 0 if none."""
+
+def topk_scores_fwd(
+    query: Tensor,
+    keys: Tensor,
+    mask: Tensor | None,
+    scores: Tensor,
+    indices: Tensor,
+    scale: float,
+    workspace: Tensor,
+    /,
+) -> None:
+    """Queue ``_C.topk_scores_fwd``; ``workspace`` is int64 of exactly ``topk_scores_workspace`` words."""
+
+def weighted_gather_fwd(
+    indices: Tensor, weights: Tensor, values: Tensor, scales: Tensor | None, out: Tensor, /
+) -> None:
+    """Queue ``_C.weighted_gather_fwd``, but for an index that is neither a slot nor -1: it counts as -1."""
+
+def weighted_gather_partial_rows(entries: int, /) -> int:
+    """Return the rows of ``partial_sums`` for a gradient over ``entries`` picks."""
+
+def weighted_gather_bwd(
+    grad_out: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    values: Tensor,
+    scales: Tensor | None,
+    grad_weights: Tensor | None,
+    slots: Tensor | None,
+    order: Tensor | None,
+    ranks: Tensor | None,
+    partial_sums: Tensor | None,
+    grad_values: Tensor | None,
+    /,
+) -> None:
+    """Queue the gradients that are tensors; ``grad_values`` is zero-filled.
+
+    For ``grad_values [N, D_v]`` the picks come sorted by slot, stably: ``slots [B * K]`` with N for what is no slot, and
+    ``order [B * K]``, their positions. With ``ranks [B * K]``, the number of each pick's slot among those that occur,
+    the rows of ``grad_values`` are these. ``partial_sums`` is ``[weighted_gather_partial_rows(B * K), D_v]`` in the
+    accumulation dtype, not initialised. None of this can be checked without waiting for the device.
+    """
+
+def product_keys(
+    row_scores: Tensor,
+    row_indices: Tensor,
+    column_scores: Tensor,
+    column_indices: Tensor,
+    side: int,
+    slots: Tensor,
+    row_ranks: Tensor,
+    column_ranks: Tensor,
+    /,
+) -> None:
+    """Queue ``_C.product_keys``; up to 2048 candidates of a half."""

@@ -55,7 +55,8 @@ def weighted_gather(
     Raises
     ------
     ValueError
-        Shapes that do not fit, an index that is neither a slot nor -1, tensors on unsupported devices.
+        Shapes that do not fit, an index that is neither a slot nor -1 (on a GPU it counts as -1: looking would wait for
+        the device), tensors on unsupported devices.
     TypeError
         Arguments of the wrong kind or dtype.
     NotImplementedError

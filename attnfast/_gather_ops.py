@@ -7,13 +7,14 @@ best of two halves. As :mod:`attnfast.ops` is for attention: the same function i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnfast import ops
-from attnfast._ext import _C
+from attnfast._ext import _C, cuda_binary
 from attnfast.ops import LIBRARY
 
 # --- weighted_gather ------------------------------------------------------------------------------------------------
@@ -22,8 +23,19 @@ from attnfast.ops import LIBRARY
 def weighted_gather_fwd(indices: Tensor, weights: Tensor, values: Tensor, scales: Tensor | None) -> Tensor:
     """Run the forward kernel."""
     out = weights.new_empty(indices.shape[0], values.shape[1])
-    _C.weighted_gather_fwd(indices.contiguous(), _real(weights, values), values, ops.contiguous(scales), out)
+    run = _gather if values.is_cpu else gather_on_device
+    run(indices, weights, values, scales, out)
     return out
+
+
+def _gather(indices: Tensor, weights: Tensor, values: Tensor, scales: Tensor | None, out: Tensor) -> None:
+    _C.weighted_gather_fwd(indices.contiguous(), _real(weights, values), values, ops.contiguous(scales), out)
+
+
+def gather_on_device(indices: Tensor, weights: Tensor, values: Tensor, scales: Tensor | None, out: Tensor) -> None:
+    """As on the CPU, but an index that is neither a slot nor -1 counts as -1: looking would wait for the device."""
+    binary = cuda_binary()
+    binary.weighted_gather_fwd(indices.contiguous(), _real(weights, values), values, ops.contiguous(scales), out)
 
 
 def weighted_gather_bwd(
@@ -57,15 +69,66 @@ def weighted_gather_sparse_bwd(
     return None if grad_weights is None else grad_weights.to(weights.dtype), grad_values
 
 
-def _backward(grad_out, indices, weights, values, scales, needs_weights, grad_values, allocate):  # type: ignore[no-untyped-def]
+# What a sparse gradient is written to, given its number of rows: their slots and the sums.
+Allocate = Callable[[int], tuple[Tensor, Tensor]]
+
+
+def _backward(
+    grad_out: Tensor, indices: Tensor, weights: Tensor, values: Tensor, scales: Tensor | None, needs_weights: bool,
+    grad_values: Tensor | None, allocate: Allocate | None,
+) -> Tensor | None:  # fmt: skip
     grad_weights = None
     if needs_weights:
         grad_weights = weights.new_empty(weights.shape, dtype=ops.real_dtype(values.dtype))
-    _C.weighted_gather_bwd(
-        _real(grad_out.resolve_neg(), values), indices.contiguous(), _real(weights, values), values,
-        ops.contiguous(scales), grad_weights, grad_values, allocate,
-    )  # fmt: skip
+    run = _differentiate if values.is_cpu else differentiate_on_device
+    run(grad_out.resolve_neg(), indices, weights, values, scales, grad_weights, grad_values, allocate)
     return grad_weights
+
+
+def _differentiate(
+    grad_out: Tensor, indices: Tensor, weights: Tensor, values: Tensor, scales: Tensor | None,
+    grad_weights: Tensor | None, grad_values: Tensor | None, allocate: Allocate | None,
+) -> None:  # fmt: skip
+    _C.weighted_gather_bwd(
+        _real(grad_out, values), indices.contiguous(), _real(weights, values), values, ops.contiguous(scales),
+        grad_weights, grad_values, allocate,
+    )  # fmt: skip
+
+
+def differentiate_on_device(
+    grad_out: Tensor, indices: Tensor, weights: Tensor, values: Tensor, scales: Tensor | None,
+    grad_weights: Tensor | None, grad_values: Tensor | None, allocate: Allocate | None,
+) -> None:  # fmt: skip
+    """The two gradients on CUDA. That of the values is dense (zeros in ``grad_values``) or goes to ``allocate``.
+
+    The picks are sorted by torch, whose stable sort on a device is CUB's radix sort and knows where to get its
+    workspace. Only the number of rows of a sparse gradient waits for the device.
+    """
+    slots = order = ranks = partial_sums = None
+    binary, indices = cuda_binary(), indices.contiguous()
+    if grad_values is not None or allocate is not None:
+        count = values.shape[0]
+        picks = indices.flatten()
+        picks = picks.where((picks >= 0) & (picks < count), count)
+        if count < 2**31:  # half the digits to sort by
+            picks = picks.to(torch.int32)
+        slots, order = picks.sort(stable=True)
+        slots = slots.to(torch.int64)
+        if allocate is not None:
+            begins = slots < count
+            begins[1:] &= slots[1:] != slots[:-1]
+            ranks = begins.cumsum(0) - 1
+            found = slots[begins]
+            rows, grad_values = allocate(found.shape[0])
+            rows.copy_(found)
+        partial_sums = grad_out.new_empty(
+            (binary.weighted_gather_partial_rows(indices.numel()), values.shape[1]),
+            dtype=ops.real_dtype(values.dtype),
+        )
+    binary.weighted_gather_bwd(
+        _real(grad_out, values), indices, _real(weights, values), values, ops.contiguous(scales), grad_weights,
+        slots, order, ranks, partial_sums, grad_values,
+    )  # fmt: skip
 
 
 def _real(x: Tensor, values: Tensor) -> Tensor:
@@ -86,6 +149,9 @@ def _gather_bwd_fake(grad_out, indices, weights, values, scales, needs):  # type
 # --- product_keys ---------------------------------------------------------------------------------------------------
 
 
+_merge: Any = _C.product_keys
+
+
 def product_keys(
     row_scores: Tensor, row_indices: Tensor, column_scores: Tensor, column_indices: Tensor, side: int, k: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,7 +160,8 @@ def product_keys(
     Scores float32 or float64 ``[B, candidates]``, descending, with their indices below `side`.
     """
     slots, row_ranks, column_ranks = results = _allocate_picks(row_indices, k)
-    _C.product_keys(
+    run = _merge if row_scores.is_cpu else cuda_binary().product_keys
+    run(
         row_scores.contiguous(), row_indices.contiguous(), column_scores.contiguous(), column_indices.contiguous(),
         side, slots, row_ranks, column_ranks,
     )  # fmt: skip
@@ -126,9 +193,10 @@ LIBRARY.define(
     "SymInt k) -> (Tensor slots, Tensor row_ranks, Tensor column_ranks)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-LIBRARY.impl("weighted_gather_fwd", weighted_gather_fwd, "CPU")
-LIBRARY.impl("weighted_gather_bwd", weighted_gather_bwd, "CPU")
-LIBRARY.impl("product_keys", product_keys, "CPU")
+for _device in ("CPU", "CUDA"):
+    LIBRARY.impl("weighted_gather_fwd", weighted_gather_fwd, _device)
+    LIBRARY.impl("weighted_gather_bwd", weighted_gather_bwd, _device)
+    LIBRARY.impl("product_keys", product_keys, _device)
 torch.library.register_fake("attnfast::weighted_gather_fwd", _gather_fwd_fake, lib=LIBRARY)
 torch.library.register_fake("attnfast::weighted_gather_bwd", _gather_bwd_fake, lib=LIBRARY)
 torch.library.register_fake("attnfast::product_keys", _product_keys_fake, lib=LIBRARY)

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from attnfast import ops
-from attnfast._ext import _C
+from attnfast import _gather_ops, ops
+from attnfast._ext import _C, cuda_binary
 from attnfast.ops import LIBRARY
 
 # --- topk_scores ----------------------------------------------------------------------------------------------------
@@ -24,8 +24,21 @@ def topk_scores_fwd(query: Tensor, keys: Tensor, mask: Tensor | None, k: int, sc
     """Run the forward kernel; returns scores in the accumulation dtype, and int64 indices."""
     scores, indices = _allocate_topk(query, k)
     mask = ops.expand(mask, (query.shape[0], keys.shape[0]))
-    _C.topk_scores_fwd(query, _rows(keys), mask, scores, indices, scale, torch.get_num_threads())
+    run = _choose if query.is_cpu else _choose_on_device
+    run(query, _rows(keys), mask, scores, indices, scale)
     return scores, indices
+
+
+def _choose(query: Tensor, keys: Tensor, mask: Tensor | None, scores: Tensor, indices: Tensor, scale: float) -> None:
+    _C.topk_scores_fwd(query, keys, mask, scores, indices, scale, torch.get_num_threads())
+
+
+def _choose_on_device(
+    query: Tensor, keys: Tensor, mask: Tensor | None, scores: Tensor, indices: Tensor, scale: float
+) -> None:
+    cuda = cuda_binary()
+    words = cuda.topk_scores_workspace(keys, *indices.shape)
+    cuda.topk_scores_fwd(query, keys, mask, scores, indices, scale, indices.new_empty(words))
 
 
 def topk_scores_bwd(
@@ -35,6 +48,18 @@ def topk_scores_bwd(
 
     That of the keys is dense; each of its rows is a sum in the order of the queries.
     """
+    run = _differentiate if query.is_cpu else _differentiate_on_device
+    grad_query, grad_keys = run(grad_scores, query, keys, indices, scale, needs)
+    nothing = ops.nothing
+    return (
+        nothing(query, query.dtype) if grad_query is None else grad_query,
+        nothing(keys, keys.dtype) if grad_keys is None else grad_keys,
+    )
+
+
+def _differentiate(
+    grad_scores: Tensor, query: Tensor, keys: Tensor, indices: Tensor, scale: float, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
     grad_query = torch.empty_like(query, memory_format=torch.contiguous_format) if needs[0] else None
     grad_keys = torch.zeros_like(keys, memory_format=torch.contiguous_format) if needs[1] else None
     indices = indices.contiguous()
@@ -42,11 +67,22 @@ def topk_scores_bwd(
     _C.topk_scores_bwd(
         grad_scores.contiguous(), _rows(query), _rows(keys), indices, order, grad_query, grad_keys, scale
     )
-    nothing = ops.nothing
-    return (
-        nothing(query, query.dtype) if grad_query is None else grad_query,
-        nothing(keys, keys.dtype) if grad_keys is None else grad_keys,
-    )
+    return grad_query, grad_keys
+
+
+def _differentiate_on_device(
+    grad_scores: Tensor, query: Tensor, keys: Tensor, indices: Tensor, scale: float, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients as reads by index: weighted sums of the chosen keys, and those of the queries by slot."""
+    weights = grad_scores * scale
+    grad_query = grad_keys = None
+    if needs[0]:
+        grad_query = query.new_empty(query.shape)
+        _gather_ops.gather_on_device(indices, weights, keys, None, grad_query)
+    if needs[1]:
+        grad_keys = torch.zeros_like(keys, memory_format=torch.contiguous_format)
+        _gather_ops.differentiate_on_device(query, indices, weights, keys, None, None, grad_keys, None)
+    return grad_query, grad_keys
 
 
 def _allocate_topk(query: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -81,7 +117,8 @@ LIBRARY.define(
     "(Tensor grad_query, Tensor grad_keys)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-LIBRARY.impl("topk_scores_fwd", topk_scores_fwd, "CPU")
-LIBRARY.impl("topk_scores_bwd", topk_scores_bwd, "CPU")
+for _device in ("CPU", "CUDA"):
+    LIBRARY.impl("topk_scores_fwd", topk_scores_fwd, _device)
+    LIBRARY.impl("topk_scores_bwd", topk_scores_bwd, _device)
 torch.library.register_fake("attnfast::topk_scores_fwd", _topk_fwd_fake, lib=LIBRARY)
 torch.library.register_fake("attnfast::topk_scores_bwd", _topk_bwd_fake, lib=LIBRARY)

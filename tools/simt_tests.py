@@ -25,7 +25,7 @@ WRONG, REPORT, ADDRESS, THREAD = 1, 2, 4, 8
 FOUND = {WRONG: "wrong result", REPORT: "emulator", ADDRESS: "AddressSanitizer or UBSan", THREAD: "ThreadSanitizer"}
 STATUS = {ADDRESS: 90, THREAD: 91}
 # Programs that must find nothing: the emulator itself, and the random calls of each op.
-PROGRAMS = ("primitives", "dot_attention", "dot_attention_bwd", "additive_attention")
+PROGRAMS = ("primitives", "dot_attention", "dot_attention_bwd", "additive_attention", "memory")
 BUILDS = {"none": WRONG | REPORT, "address": ADDRESS, "thread": THREAD}
 # Leaks: a kernel that failed leaves its stacks as they are. Use after return: fibers share the scheduler's fake stack.
 OPTIONS = {

@@ -19,6 +19,12 @@ PyMethodDef g_functions[] = {
     op_function<additive_attention_workspace>("additive_attention_workspace"),
     op_function<additive_attention_fwd>("additive_attention_fwd"),
     op_function<additive_attention_bwd>("additive_attention_bwd"),
+    op_function<topk_scores_workspace>("topk_scores_workspace"),
+    op_function<topk_scores_fwd>("topk_scores_fwd"),
+    op_function<weighted_gather_fwd>("weighted_gather_fwd"),
+    op_function<weighted_gather_partial_rows>("weighted_gather_partial_rows"),
+    op_function<weighted_gather_bwd>("weighted_gather_bwd"),
+    op_function<product_keys>("product_keys"),
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -1,5 +1,5 @@
-// The functions of attnfast._C and attnfast._cuda that are not plain pybind11 ones, each with its arguments as CPython
-// hands them over. _C.pyi and _cuda.pyi document them.
+// The functions of attnfast._C that are not plain pybind11 ones, each with its arguments as CPython hands them over.
+// _C.pyi documents them, and _cuda.pyi those of attnfast._cuda.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -12,12 +12,12 @@ namespace attnfast {
 using OpFunction = pybind11::object(PyObject* const* items, Py_ssize_t given);
 
 OpFunction dot_attention_fwd, dot_attention_bwd, dot_attention_decode_obstacle;
-OpFunction dot_attention_workspace;  // attnfast._cuda only
 OpFunction additive_attention_fwd, additive_attention_bwd, additive_attention_decode_obstacle;
-OpFunction additive_attention_workspace;  // CUDA only
 OpFunction topk_scores_fwd, topk_scores_bwd;
 OpFunction weighted_gather_fwd, weighted_gather_bwd, product_keys;
 OpFunction ordinary_call, ordinary_gradient;
+// Of attnfast._cuda alone.
+OpFunction dot_attention_workspace, additive_attention_workspace, topk_scores_workspace, weighted_gather_partial_rows;
 
 // The objects that ordinary_call and ordinary_gradient ask about a call, in the order of TorchProbes; kept for ever.
 void set_torch_probes(const pybind11::tuple& probes);

@@ -7,7 +7,7 @@
 
 #include "bindings/arguments.h"
 #include "bindings/functions.h"
-#include "core/gather_params.h"
+#include "bindings/memory_call.h"
 #include "cpu/isa.h"
 
 namespace attnfast {
@@ -19,30 +19,7 @@ struct GatherCall {
   int64_t bad_position = std::numeric_limits<int64_t>::max();
 
   GatherCall(const TensorView& indices, const TensorView& weights, const TensorView& values, const TensorView& scales) {
-    check_dtype(indices, DType::kInt64);
-    check_shape(indices, {{"B", -1}, {"K", -1}});
-    check_contiguous(indices);
-    if (values.dtype != DType::kInt8) check_floating(values);
-    check_shape(values, {{"N", -1}, {"D_v", -1}});
-    real = values.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
-    params.outputs = indices.size[0];
-    params.picks = indices.size[1];
-    params.slots = values.size[0];
-    params.value_size = values.size[1];
-    check_buffer(weights, real, {{"B", params.outputs}, {"K", params.picks}});
-    if (static_cast<bool>(scales) != (values.dtype == DType::kInt8)) {
-      reject("scales", scales ? "None without values in int8" : "a tensor [N] with values in int8",
-             scales ? "a tensor" : "None");
-    }
-    if (scales) {
-      check_buffer(scales, DType::kFloat32, {{"N", params.slots}});
-      params.scales = static_cast<const float*>(scales.data);
-    }
-    params.indices = static_cast<const int64_t*>(indices.data);
-    params.weights = weights.data;
-    params.values = values.data;
-    params.values_dtype = values.dtype;
-    for (int i = 0; i < 2; ++i) params.values_stride[i] = values.stride[i];
+    real = set_gather(params, indices, weights, values, scales);
     params.bad_position = &bad_position;
   }
   GatherCall(const GatherCall&) = delete;
@@ -55,12 +32,6 @@ struct GatherCall {
                " of row " + std::to_string(bad_position / params.picks));
   }
 };
-
-void set_result(const TensorView& view, DType dtype, std::initializer_list<Dim> dims, void** data) {
-  check_buffer(view, dtype, dims);
-  check_writable(view);
-  *data = view.data;
-}
 
 // Sorts, makes room for the gradient of the values and forms the sums.
 void differentiate_values(GatherCall& call, const TensorView& grad_values, PyObject* allocate) {
@@ -114,9 +85,7 @@ py::object weighted_gather_fwd(PyObject* const* items, Py_ssize_t given) {
   const TensorView scales = args.optional_tensor("scales");
   const TensorView out = args.tensor("out");
   GatherCall call(indices, weights, values, scales);
-  if (out.dtype != DType::kBFloat16 && out.dtype != DType::kFloat16) check_dtype(out, call.real);
-  set_result(out, out.dtype, {{"B", call.params.outputs}, {"D_v", call.params.value_size}}, &call.params.out);
-  call.params.out_dtype = out.dtype;
+  set_gather_out(call.params, call.real, out);
   {
     const py::gil_scoped_release no_gil;
     kernels().weighted_gather_fwd(call.params);
@@ -157,40 +126,7 @@ py::object weighted_gather_bwd(PyObject* const* items, Py_ssize_t given) {
 py::object product_keys(PyObject* const* items, Py_ssize_t given) {
   ArgReader args("product_keys", items, given, 8);
   ProductKeysParams p;
-  const char* names[2][3] = {{"row_scores", "row_indices", "row_ranks"},
-                             {"column_scores", "column_indices", "column_ranks"}};
-  TensorView scores[2], indices[2];
-  for (int i = 0; i < 2; ++i) {
-    scores[i] = args.tensor(names[i][0]);
-    indices[i] = args.tensor(names[i][1]);
-  }
-  p.side = args.integer("side");
-  const TensorView slots = args.tensor("slots");
-  const TensorView ranks[2] = {args.tensor(names[0][2]), args.tensor(names[1][2])};
-
-  p.dtype = scores[0].dtype;
-  if (p.dtype != DType::kFloat64) check_dtype(scores[0], DType::kFloat32);
-  check_shape(scores[0], {{"B", -1}, {"candidates", -1}});
-  p.rows = scores[0].size[0];
-  p.candidates = scores[0].size[1];
-  for (int i = 0; i < 2; ++i) {
-    check_buffer(scores[i], p.dtype, {{"B", p.rows}, {"candidates", p.candidates}});
-    check_buffer(indices[i], DType::kInt64, {{"B", p.rows}, {"candidates", p.candidates}});
-    p.scores[i] = scores[i].data;
-    p.indices[i] = static_cast<const int64_t*>(indices[i].data);
-  }
-  check_shape(slots, {{"B", p.rows}, {"k", -1}});
-  p.picks = slots.size[1];
-  if (p.picks > 0 && (p.candidates == 0 || (p.picks - 1) / p.candidates >= p.candidates)) {
-    reject("slots", "k <= candidates^2 with " + std::to_string(p.candidates) + " candidates", std::to_string(p.picks));
-  }
-  void* data = nullptr;
-  set_result(slots, DType::kInt64, {{"B", p.rows}, {"k", p.picks}}, &data);
-  p.slots = static_cast<int64_t*>(data);
-  for (int i = 0; i < 2; ++i) {
-    set_result(ranks[i], DType::kInt64, {{"B", p.rows}, {"k", p.picks}}, &data);
-    p.ranks[i] = static_cast<int64_t*>(data);
-  }
+  read_product_keys(args, p);
   const py::gil_scoped_release no_gil;
   kernels().product_keys(p);
   return py::none();

@@ -6,72 +6,17 @@
 
 #include "bindings/arguments.h"
 #include "bindings/functions.h"
+#include "bindings/memory_call.h"
 #include "cpu/isa.h"
 
 namespace attnfast {
-namespace {
-
-// A matrix in the last two of four dimensions.
-Tensor4 matrix(const TensorView& view) {
-  Tensor4 tensor;
-  tensor.data = view.data;
-  tensor.dtype = view.dtype;
-  tensor.stride[2] = view.stride[0];
-  tensor.stride[3] = view.stride[1];
-  return tensor;
-}
-
 // ---- topk_scores ------------------------------------------------------------------------------------------------
-
-// The floating types within which operands may differ; what is computed in.
-DType real_of(DType dtype) { return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
-
-template <class Params>
-void set_operands(Params& params, const TensorView& query, const TensorView& keys, int64_t count) {
-  check_floating(query);
-  check_floating(keys);
-  check_shape(query, {{"B", -1}, {"D", -1}});
-  check_shape(keys, {{"N", -1}, {"D", query.size[1]}});
-  if (real_of(keys.dtype) != real_of(query.dtype)) {
-    throw py::type_error(std::string("keys: expected float64 where query is and only there, got ") +
-                         dtype_name(keys.dtype) + " with " + dtype_name(query.dtype));
-  }
-  if (keys.size[1] > 1 && keys.stride[1] != 1) {
-    throw py::value_error("keys: expected rows of neighbouring elements, got stride " + std::to_string(keys.stride[1]));
-  }
-  check_range("k", count, 0, keys.size[0]);
-  params.queries = query.size[0];
-  params.slots = keys.size[0];
-  params.size = query.size[1];
-  params.count = count;
-  params.query = matrix(query);
-  params.keys = matrix(keys);
-}
-
-}  // namespace
 
 py::object topk_scores_fwd(PyObject* const* items, Py_ssize_t given) {
   ArgReader args("topk_scores_fwd", items, given, 7);
-  const TensorView query = args.tensor("query");
-  const TensorView keys = args.tensor("keys");
-  const TensorView mask = args.optional_tensor("mask");
-  const TensorView scores = args.tensor("scores");
-  const TensorView indices = args.tensor("indices");
   TopkParams params;
-  params.scale = args.number("scale");
+  read_topk(args, params);
   const int64_t threads = args.integer("threads");
-
-  check_shape(scores, {{"B", -1}, {"k", -1}});
-  set_operands(params, query, keys, scores.size[1]);
-  check_buffer(scores, real_of(query.dtype), {{"B", params.queries}, {"k", params.count}});
-  check_buffer(indices, DType::kInt64, {{"B", params.queries}, {"k", params.count}});
-  params.scores = scores.data;
-  params.indices = static_cast<int64_t*>(indices.data);
-  if (mask) {
-    check_dtype(mask, DType::kBool);
-    check_shape(mask, {{"B", params.queries}, {"N", params.slots}});
-    params.mask = matrix(mask);
-  }
   check_range("threads", threads, 1, std::numeric_limits<int32_t>::max());
   params.threads = static_cast<int32_t>(threads);
 

@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "core/gather_params.h"
 #include "core/params.h"
 #include "cuda/ptx.cuh"
 #if defined(__CUDACC__)
@@ -26,8 +27,25 @@ inline std::string call_text(const char* kernel, const AttentionParams& p) {
          ", D_v=" + n(p.value_size) + ")";
 }
 
+inline std::string call_text(const char* kernel, const TopkParams& p) {
+  const auto n = [](int64_t x) { return std::to_string(x); };
+  return "CUDA kernel " + std::string(kernel) + " (B=" + n(p.queries) + ", N=" + n(p.slots) + ", D=" + n(p.size) +
+         ", k=" + n(p.count) + ")";
+}
+inline std::string call_text(const char* kernel, const WeightedGatherParams& p) {
+  const auto n = [](int64_t x) { return std::to_string(x); };
+  return "CUDA kernel " + std::string(kernel) + " (B=" + n(p.outputs) + ", K=" + n(p.picks) + ", N=" + n(p.slots) +
+         ", D_v=" + n(p.value_size) + ")";
+}
+inline std::string call_text(const char* kernel, const ProductKeysParams& p) {
+  const auto n = [](int64_t x) { return std::to_string(x); };
+  return "CUDA kernel " + std::string(kernel) + " (B=" + n(p.rows) + ", candidates=" + n(p.candidates) +
+         ", k=" + n(p.picks) + ", n=" + n(p.side) + ")";
+}
+
 // A launch is asynchronous: this reports that it could not be queued, or an error that an earlier one left behind.
-inline void check_launched([[maybe_unused]] const char* kernel, [[maybe_unused]] const AttentionParams& p) {
+template <class Params>
+void check_launched([[maybe_unused]] const char* kernel, [[maybe_unused]] const Params& p) {
 #if defined(__CUDACC__)
   const cudaError_t status = cudaGetLastError();
   if (status != cudaSuccess) throw std::runtime_error(call_text(kernel, p) + ": " + error_text(status));
@@ -35,9 +53,9 @@ inline void check_launched([[maybe_unused]] const char* kernel, [[maybe_unused]]
 }
 
 // Without leave a kernel gets 48 KiB of dynamic shared memory.
-template <class Kernel>
+template <class Kernel, class Params>
 void allow_shared([[maybe_unused]] Kernel kernel, [[maybe_unused]] size_t bytes, [[maybe_unused]] const char* name,
-                  [[maybe_unused]] const AttentionParams& p) {
+                  [[maybe_unused]] const Params& p) {
 #if defined(__CUDACC__)
   if (bytes <= 48 * 1024) return;
   const cudaError_t status =

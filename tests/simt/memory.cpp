@@ -1,0 +1,237 @@
+// The memory kernels of csrc/cuda under the emulator: the random calls of tests/native (topk.cpp, gather.cpp) against
+// their definitions, bit for bit, on exact-size buffers and under every kind of schedule. What Python does around the
+// kernels on a GPU, allocation and the sort of the picks, is done here by hand.
+//
+//   attnfast_simt_memory [--cases N] [--first N]
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <numeric>
+#include <vector>
+
+#include "check.h"
+#include "cuda/product_keys.h"
+#include "cuda/topk_scores.h"
+#include "cuda/weighted_gather.h"
+#include "native/gather.h"
+#include "native/problem.h"
+#include "native/topk.h"
+
+namespace attnfast::simt {
+namespace {
+
+int64_t g_number = 0;
+
+// Each call runs twice, under two schedules.
+void use_schedule(int which) { set_seed(static_cast<uint32_t>(g_number + which)); }
+
+// Memory of exactly so many bytes, all of them NaN, aligned as torch's is.
+class Memory {
+ public:
+  explicit Memory(int64_t bytes) {
+    if (bytes == 0) return;
+    if (posix_memalign(&data_, 64, static_cast<size_t>(bytes)) != 0) std::abort();
+    std::memset(data_, 0xFF, static_cast<size_t>(bytes));
+  }
+  ~Memory() { std::free(data_); }
+  Memory(const Memory&) = delete;
+  template <class T>
+  T* as() const {
+    return static_cast<T*>(data_);
+  }
+
+ private:
+  void* data_ = nullptr;
+};
+
+void topk_scores(const TopkParams& p) {
+  const Memory workspace(cuda::topk_scores_workspace(p));
+  cuda::topk_scores_fwd(p, workspace.as<void>(), nullptr);
+}
+
+int64_t gather_sort(const WeightedGatherParams& p) {
+  const int64_t count = p.outputs * p.picks;
+  const int bits = gather_position_bits(p);
+  std::vector<uint64_t> words(static_cast<size_t>(count));
+  int64_t different = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t slot = p.indices[i];
+    words[static_cast<size_t>(i)] = static_cast<uint64_t>(slot < 0 ? p.slots : slot) << bits | static_cast<uint64_t>(i);
+  }
+  std::sort(words.begin(), words.end());
+  uint64_t previous = ~uint64_t(0);
+  for (int64_t i = 0; i < count; ++i) {
+    const uint64_t slot = words[static_cast<size_t>(i)] >> bits;
+    different += slot != previous && slot < static_cast<uint64_t>(p.slots);
+    previous = slot;
+    p.sorted[i] = words[static_cast<size_t>(i)];
+  }
+  return different;
+}
+
+template <class R>
+void sum_segments(WeightedGatherParams p, const std::vector<int64_t>& slots, const std::vector<int64_t>& order,
+                  const std::vector<int64_t>* ranks) {
+  cuda::GatherSegments segments;
+  segments.entries = p.outputs * p.picks;
+  segments.slots = slots.data();
+  segments.order = order.data();
+  segments.ranks = ranks ? ranks->data() : nullptr;
+  const Memory partial(2 * cuda::segment_chunks(segments.entries) * p.value_size * static_cast<int64_t>(sizeof(R)));
+  p.partial_sums = partial.as<void>();
+  cuda::weighted_gather_sums(p, segments, nullptr);
+}
+
+void gather_bwd(const WeightedGatherParams& p) {
+  if (p.grad_weights) cuda::weighted_gather_dots(p, nullptr);
+  if (!p.grad_values && !p.grad_rows) return;
+  const auto count = static_cast<size_t>(p.outputs * p.picks);
+  const int bits = gather_position_bits(p);
+  std::vector<int64_t> slots(count), order(count), ranks(count);
+  int64_t different = 0;
+  for (size_t i = 0; i < count; ++i) {
+    slots[i] = static_cast<int64_t>(p.sorted[i] >> bits);
+    order[i] = static_cast<int64_t>(p.sorted[i] & ((uint64_t(1) << bits) - 1));
+    const bool begins = slots[i] < p.slots && (i == 0 || slots[i - 1] != slots[i]);
+    if (begins && p.grad_rows) p.grad_rows[different] = slots[i];
+    different += begins;
+    ranks[i] = different - 1;
+  }
+  const auto* numbers = p.grad_rows ? &ranks : nullptr;
+  if (p.values_dtype == DType::kFloat64)
+    sum_segments<double>(p, slots, order, numbers);
+  else
+    sum_segments<float>(p, slots, order, numbers);
+}
+
+double element(const Tensor4& x, int64_t i, int64_t j) {
+  const int64_t at = i * x.stride[2] + j * x.stride[3];
+  switch (x.dtype) {
+    case DType::kFloat64:
+      return static_cast<const double*>(x.data)[at];
+    case DType::kFloat32:
+      return static_cast<const float*>(x.data)[at];
+    case DType::kBFloat16:
+      return from_bfloat16(static_cast<const uint16_t*>(x.data)[at]);
+    default:
+      return from_float16(static_cast<const uint16_t*>(x.data)[at]);
+  }
+}
+
+// The gradient of topk_scores as reads by index, which is what attnfast._memory_ops makes of it.
+template <class R>
+void topk_gradient(const TopkGradientParams& p) {
+  const int64_t total = p.queries * p.count;
+  const Memory weights(total * static_cast<int64_t>(sizeof(R)));
+  const Memory query(p.queries * p.size * static_cast<int64_t>(sizeof(R)));
+  for (int64_t i = 0; i < total; ++i)
+    weights.as<R>()[i] = static_cast<const R*>(p.grad_scores)[i] * static_cast<R>(p.scale);
+  for (int64_t b = 0; b < p.queries; ++b)
+    for (int64_t d = 0; d < p.size; ++d) query.as<R>()[b * p.size + d] = static_cast<R>(element(p.query, b, d));
+  WeightedGatherParams g;
+  g.outputs = p.queries;
+  g.picks = p.count;
+  g.slots = p.slots;
+  g.value_size = p.size;
+  g.indices = p.indices;
+  g.weights = weights.as<void>();
+  g.values = p.keys.data;
+  g.values_stride[0] = p.keys.stride[2];
+  g.values_stride[1] = 1;
+  g.values_dtype = p.keys.dtype;
+  g.out = p.grad_query.data;
+  g.out_dtype = p.grad_query.dtype;
+  cuda::weighted_gather_fwd(g, nullptr);
+  g.grad_out = query.as<void>();
+  g.grad_values = p.grad_keys.data;
+  const Memory sorted(total * 8);
+  g.sorted = sorted.as<uint64_t>();
+  gather_sort(g);
+  gather_bwd(g);
+}
+
+void topk_bwd(const TopkGradientParams& p) {
+  if (p.keys.dtype == DType::kFloat64)
+    topk_gradient<double>(p);
+  else
+    topk_gradient<float>(p);
+}
+
+// One slot is used all the time, most others once: chunks that one slot fills, and one that begins and ends in many.
+std::string check_skewed_use(int64_t uses) {
+  native::Random random(static_cast<uint64_t>(uses));
+  const int64_t N = 50, D = 6;
+  WeightedGatherParams p;
+  p.outputs = uses;
+  p.picks = 1;
+  p.slots = N;
+  p.value_size = D;
+  std::vector<int64_t> indices(static_cast<size_t>(uses));
+  std::vector<float> weights(static_cast<size_t>(uses)), grad(static_cast<size_t>(uses * D)), found, other;
+  std::vector<float> wanted(static_cast<size_t>(N * D));
+  for (int64_t i = 0; i < uses; ++i) {
+    const int64_t slot = random.chance(80) ? 17 : random.below(N + 1) - 1;
+    indices[static_cast<size_t>(i)] = slot;
+    weights[static_cast<size_t>(i)] = static_cast<float>(random.below(3) - 1);
+    for (int64_t d = 0; d < D; ++d) {
+      const auto g = static_cast<float>(random.below(9) - 4);
+      grad[static_cast<size_t>(i * D + d)] = g;
+      if (slot >= 0) wanted[static_cast<size_t>(slot * D + d)] += weights[static_cast<size_t>(i)] * g;
+    }
+  }
+  p.indices = indices.data();
+  p.weights = weights.data();
+  p.grad_out = grad.data();
+  std::vector<uint64_t> sorted(static_cast<size_t>(uses));
+  p.sorted = sorted.data();
+  gather_sort(p);
+  found.assign(static_cast<size_t>(N * D), 0);
+  p.grad_values = found.data();
+  gather_bwd(p);
+  return found == wanted ? "" : "sums of " + std::to_string(uses) + " uses, most of one slot";
+}
+
+}  // namespace
+}  // namespace attnfast::simt
+
+int main(int count, char** arguments) {
+  using namespace attnfast;
+  using namespace attnfast::simt;
+#if defined(__SANITIZE_THREAD__)
+  int64_t cases = 6, first = 0;
+#elif defined(__SANITIZE_ADDRESS__)
+  int64_t cases = 30, first = 0;
+#else
+  int64_t cases = 100, first = 0;
+#endif
+  for (int i = 1; i + 1 < count; i += 2) {
+    const std::string option = arguments[i];
+    if (option == "--cases") cases = std::atoll(arguments[i + 1]);
+    if (option == "--first") first = std::atoll(arguments[i + 1]);
+  }
+  KernelTable kernels{};
+  kernels.name = "simt";
+  kernels.topk_scores_fwd = topk_scores;
+  kernels.topk_scores_bwd = topk_bwd;
+  kernels.weighted_gather_fwd = [](const WeightedGatherParams& p) { cuda::weighted_gather_fwd(p, nullptr); };
+  kernels.weighted_gather_sort = gather_sort;
+  kernels.weighted_gather_bwd = gather_bwd;
+  kernels.product_keys = [](const ProductKeysParams& p) { cuda::product_keys(p, nullptr); };
+  for (int64_t number = first; number < first + cases; ++number) {
+    g_number = number;
+    for (const auto check : {native::check_topk, native::check_gather_unreported}) {
+      std::string error;
+      const std::string report = reported([&] { error = check(kernels, number, 2, use_schedule); });
+      expect(error.empty() && report.empty(), "case " + std::to_string(number) + ": " + error + report);
+    }
+  }
+  for (const int64_t uses : {1, 63, 64, 65, 128, 129, 700, 3000}) {
+    g_number = uses;
+    use_schedule(0);
+    std::string error;
+    const std::string report = reported([&] { error = check_skewed_use(uses); });
+    expect(error.empty() && report.empty(), error + report);
+  }
+  std::printf("simt memory: %lld cases, %d failures\n", static_cast<long long>(cases), g_failures);
+  return g_failures == 0 ? 0 : 1;
+}
