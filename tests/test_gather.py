@@ -383,6 +383,9 @@ def test_second_derivative_of_a_sparse_gradient_is_an_error() -> None:
     out = attnfast.weighted_gather(indices, weights, values, sparse_grad=True)
     with pytest.raises(NotImplementedError, match="sparse_grad=True: the sparse gradient has no derivative"):
         torch.autograd.grad(out.square().sum(), values, create_graph=True)
+    out = attnfast.weighted_gather(indices, weights, values, sparse_grad=True)
+    with pytest.raises(NotImplementedError, match=r"sparse_grad=True: .* batched \(is_grads_batched=True\)"):
+        torch.autograd.grad(out, values, torch.ones(2, *out.shape), is_grads_batched=True)
 
 
 def test_functorch_derivatives() -> None:

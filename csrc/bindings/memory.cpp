@@ -23,13 +23,13 @@ Tensor4 matrix(const TensorView& view) {
 
 // ---- topk_scores ------------------------------------------------------------------------------------------------
 
-// The floating types within which operands may differ; what is computed in.
+// What is computed in; operands may differ in type within one.
 DType real_of(DType dtype) { return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
 
-template <class Params>
-void set_operands(Params& params, const TensorView& query, const TensorView& keys, int64_t count) {
+void set_operands(TopkParams& params, const TensorView& query, const TensorView& keys, const TensorView& key_scales,
+                  int64_t count) {
   check_floating(query);
-  check_floating(keys);
+  if (keys.dtype != DType::kInt8) check_floating(keys);
   check_shape(query, {{"B", -1}, {"D", -1}});
   check_shape(keys, {{"N", -1}, {"D", query.size[1]}});
   if (real_of(keys.dtype) != real_of(query.dtype)) {
@@ -38,6 +38,14 @@ void set_operands(Params& params, const TensorView& query, const TensorView& key
   }
   if (keys.size[1] > 1 && keys.stride[1] != 1) {
     throw py::value_error("keys: expected rows of neighbouring elements, got stride " + std::to_string(keys.stride[1]));
+  }
+  if (static_cast<bool>(key_scales) != (keys.dtype == DType::kInt8)) {
+    reject("key_scales", key_scales ? "None without keys in int8" : "a tensor [N] with keys in int8",
+           key_scales ? "a tensor" : "None");
+  }
+  if (key_scales) {
+    check_buffer(key_scales, DType::kFloat32, {{"N", keys.size[0]}});
+    params.key_scales = static_cast<const float*>(key_scales.data);
   }
   check_range("k", count, 0, keys.size[0]);
   params.queries = query.size[0];
@@ -51,9 +59,10 @@ void set_operands(Params& params, const TensorView& query, const TensorView& key
 }  // namespace
 
 py::object topk_scores_fwd(PyObject* const* items, Py_ssize_t given) {
-  ArgReader args("topk_scores_fwd", items, given, 7);
+  ArgReader args("topk_scores_fwd", items, given, 8);
   const TensorView query = args.tensor("query");
   const TensorView keys = args.tensor("keys");
+  const TensorView key_scales = args.optional_tensor("key_scales");
   const TensorView mask = args.optional_tensor("mask");
   const TensorView scores = args.tensor("scores");
   const TensorView indices = args.tensor("indices");
@@ -62,7 +71,7 @@ py::object topk_scores_fwd(PyObject* const* items, Py_ssize_t given) {
   const int64_t threads = args.integer("threads");
 
   check_shape(scores, {{"B", -1}, {"k", -1}});
-  set_operands(params, query, keys, scores.size[1]);
+  set_operands(params, query, keys, key_scales, scores.size[1]);
   check_buffer(scores, real_of(query.dtype), {{"B", params.queries}, {"k", params.count}});
   check_buffer(indices, DType::kInt64, {{"B", params.queries}, {"k", params.count}});
   params.scores = scores.data;
@@ -80,56 +89,6 @@ py::object topk_scores_fwd(PyObject* const* items, Py_ssize_t given) {
   {
     const py::gil_scoped_release no_gil;
     table.topk_scores_fwd(params);
-  }
-  return py::none();
-}
-
-py::object topk_scores_bwd(PyObject* const* items, Py_ssize_t given) {
-  ArgReader args("topk_scores_bwd", items, given, 8);
-  const TensorView grad_scores = args.tensor("grad_scores");
-  const TensorView query = args.tensor("query");
-  const TensorView keys = args.tensor("keys");
-  const TensorView indices = args.tensor("indices");
-  const TensorView order = args.optional_tensor("order");
-  const TensorView grad_query = args.optional_tensor("grad_query");
-  const TensorView grad_keys = args.optional_tensor("grad_keys");
-  TopkGradientParams params;
-  params.scale = args.number("scale");
-
-  check_shape(indices, {{"B", -1}, {"k", -1}});
-  set_operands(params, query, keys, indices.size[1]);
-  const int64_t total = params.queries * params.count;
-  check_buffer(indices, DType::kInt64, {{"B", params.queries}, {"k", params.count}});
-  check_buffer(grad_scores, real_of(query.dtype), {{"B", params.queries}, {"k", params.count}});
-  if (query.size[1] > 1 && query.stride[1] != 1) {
-    throw py::value_error("query: expected rows of neighbouring elements, got stride " +
-                          std::to_string(query.stride[1]));
-  }
-  params.grad_scores = grad_scores.data;
-  params.indices = static_cast<const int64_t*>(indices.data);
-  for (int64_t i = 0; i < total; ++i) check_range("indices", params.indices[i], -1, params.slots - 1);
-  if (grad_query) {
-    check_buffer(grad_query, query.dtype, {{"B", params.queries}, {"D", params.size}});
-    params.grad_query = matrix(grad_query);
-  }
-  if (grad_keys) {
-    check_buffer(grad_keys, keys.dtype, {{"N", params.slots}, {"D", params.size}});
-    params.grad_keys = matrix(grad_keys);
-    if (!order) reject("order", "a tensor where grad_keys is one", "None");
-    check_buffer(order, DType::kInt64, {{"B * k", total}});
-    params.order = static_cast<const int64_t*>(order.data);
-    for (int64_t i = 0; i < total; ++i) {
-      check_range("order", params.order[i], 0, total - 1);
-      if (i > 0 && params.indices[params.order[i]] < params.indices[params.order[i - 1]]) {
-        reject("order", "positions sorted by their slots", "a smaller slot at " + std::to_string(i));
-      }
-    }
-  }
-
-  const KernelTable& table = kernels();
-  {
-    const py::gil_scoped_release no_gil;
-    table.topk_scores_bwd(params);
   }
   return py::none();
 }
