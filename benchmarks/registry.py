@@ -58,6 +58,7 @@ SUITES = {
         ),
         Suite("gather", "Weighted rows of a table", default=False, memory=False, yardsticks=False),
         Suite("pkm", "Product-key memory", default=False, yardsticks=False, whole_memory=True),
+        Suite("store", "A memory under writes, deletes and reads", default=False, memory=False, yardsticks=False),
         Suite("model", "A transformer encoder on scikit-learn's digits"),
     )
 }
@@ -199,11 +200,13 @@ def _load() -> None:
         cases_masks,
         cases_overhead,
         cases_scaling,
+        cases_store,
         cases_sweep,
         cases_threads,
         cases_topk,
         peers,
         peers_additive,
         peers_gather,
+        peers_store,
         peers_topk,
     )
