@@ -291,13 +291,14 @@ def test_store_peers_agree_at_every_step(case: Any) -> None:
         found = measure.errors(small, peer, workloads[peer.name], inputs, oracle)
         assert found[0] < 1e-5 and found[1] is None, (peer.name, found)
     assert {"attnfast", "eager"} <= set(workloads)
-    seen = []
-    for _ in range(2 * inputs["keys"].shape[0] // small.rows + 3):
+    seen, around = [], inputs["keys"].shape[0] // small.rows
+    for _ in range(2 * around + 3):
         ours, *others = (workload.call() for workload in workloads.values())
         for other in others:
             torch.testing.assert_close(ours, other, rtol=1e-5, atol=1e-5)
         seen.append(ours)
-    assert not torch.equal(seen[0], seen[-1])
+    torch.testing.assert_close(seen[0], seen[around])
+    assert not torch.allclose(seen[0], seen[around // 2], atol=1e-2)
 
 
 @pytest.mark.parametrize("case", registry.cases("topk"), ids=lambda case: case.name)

@@ -275,7 +275,7 @@ print(field("VmHWM") - before)
 @pytest.mark.parametrize("columns", [64, 60], ids=["whole vectors", "not whole"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=dtype_id)
 def test_gradients_beyond_the_caches_have_the_same_bits(isa: str, dtype: torch.dtype, columns: int) -> None:
-    """Beyond 16 MiB rows are written by other instructions: a dense gradient for its table, a sparse one for its rows."""
+    """Rows of a result beyond 16 MiB, the table of a dense one and the rows of a sparse one, are written otherwise."""
     N = (16 << 20) // (columns * dtype.itemsize) + 100
     few = torch.randint(-1, 300, (40, 33))
     few[:, 5] = 7  # cut by edges of chunks
@@ -306,7 +306,7 @@ def test_gradients_of_an_empty_table() -> None:
     indices = torch.full((2, 4), -1)
     assert weighted_gather_sparse_bwd(grad, indices, weights, values, False)[1].values().shape == (0, 3)
     indices[1, 2] = 0
-    with pytest.raises(ValueError, match="got 0 as pick 2 of row 1$"):
+    with pytest.raises(ValueError, match=r"got 0 as pick 2 of row 1$"):
         weighted_gather_sparse_bwd(grad, indices, weights, values, False)
 
 
