@@ -282,6 +282,7 @@ def additive_attention_decode_obstacle(
 def topk_scores_fwd(
     query: Tensor,
     keys: Tensor,
+    key_scales: Tensor | None,
     mask: Tensor | None,
     scores: Tensor,
     indices: Tensor,
@@ -292,27 +293,9 @@ def topk_scores_fwd(
     """Write the k best of ``(scale * query) . keys`` for each query: ``scores`` largest first, and ``indices``.
 
     - ``query`` ``[B, D]``, any strides, and ``keys`` ``[N, D]``, rows of neighbouring elements: both float64, or each
-      float32, bfloat16 or float16; ``mask`` bool ``[B, N]``, True = may be chosen.
+      float32, bfloat16 or float16, or ``keys`` int8; ``key_scales`` float32, contiguous ``[N]``, exactly with int8.
+    - ``mask`` bool ``[B, N]``, True = may be chosen.
     - ``scores`` Real and ``indices`` int64, contiguous ``[B, k]``, k <= N; -inf and -1 where no slot is visible.
-    """
-
-def topk_scores_bwd(
-    grad_scores: Tensor,
-    query: Tensor,
-    keys: Tensor,
-    indices: Tensor,
-    order: Tensor | None,
-    grad_query: Tensor | None,
-    grad_keys: Tensor | None,
-    scale: float,
-    /,
-) -> None:
-    """Write the gradients of ``topk_scores_fwd`` by query and keys, for fixed ``indices``.
-
-    - ``grad_scores`` Real and ``indices`` int64, contiguous ``[B, k]``; ``query``, ``keys`` rows of neighbouring
-      elements.
-    - ``grad_query`` contiguous ``[B, D]`` in the query's dtype; ``grad_keys`` contiguous ``[N, D]`` in the keys' dtype,
-      zero-filled, together with ``order``, int64 ``[B * k]``: the positions of ``indices`` sorted by slot, stable.
     """
 
 def weighted_gather_fwd(

@@ -196,6 +196,7 @@ def topk_scores_workspace(keys: Tensor, queries: int, k: int, /) -> int:
 def topk_scores_fwd(
     query: Tensor,
     keys: Tensor,
+    key_scales: Tensor | None,
     mask: Tensor | None,
     scores: Tensor,
     indices: Tensor,
@@ -203,7 +204,10 @@ def topk_scores_fwd(
     workspace: Tensor,
     /,
 ) -> None:
-    """Queue ``_C.topk_scores_fwd``; ``workspace`` is int64 of exactly ``topk_scores_workspace`` words."""
+    """Queue ``_C.topk_scores_fwd``; ``workspace`` is int64 of exactly ``topk_scores_workspace`` words.
+
+    NotImplementedError names what the kernels do not have: keys in int8.
+    """
 
 def weighted_gather_fwd(
     indices: Tensor, weights: Tensor, values: Tensor, scales: Tensor | None, out: Tensor, /

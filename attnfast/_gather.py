@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +11,6 @@ from attnfast import _gather_autograd, _memory_autograd
 from attnfast import _validate as check
 from attnfast._memory import pick_count
 from attnfast.reference import ProductKeyReadOutput, real_dtype
-
-_TABLE_DTYPES = frozenset((*check.DTYPES, torch.int8))
 
 # --- weighted_gather ------------------------------------------------------------------------------------------------
 
@@ -85,7 +82,7 @@ def weighted_gather(
     check.flag("sparse_grad", sparse_grad)
     check.integers("indices", indices)
     check.floating("weights", weights)
-    check_table(values, scales)
+    check.table("values", values, "D_v", "scales", scales)
     if indices.dim() < 1:
         raise ValueError("indices: expected at least 1 dimension [..., K], got []")
     if weights.shape != indices.shape:
@@ -102,24 +99,6 @@ def weighted_gather(
         sparse_grad,
     )
     return out.reshape(*leading, values.shape[1])
-
-
-def check_table(values: Any, scales: Any) -> None:
-    """A table ``[N, D_v]``, and the scales of its rows where it is int8."""
-    check.floating("values", values, _TABLE_DTYPES)
-    if values.dim() != 2:
-        raise ValueError(f"values: expected 2 dimensions [N, D_v], got {check.shape_text(values.shape)}")
-    if values.dtype != torch.int8:
-        check.absent("scales", scales, f"values in {_name(values.dtype)}")
-        return
-    if scales is None:
-        raise ValueError("scales: expected a float32 tensor [N] with values in int8, got None")
-    check.floating("scales", scales, (torch.float32,))
-    if scales.shape != values.shape[:1]:
-        got = check.shape_text(scales.shape)
-        raise ValueError(f"scales: expected [N] = [{values.shape[0]}] (the rows of values), got {got}")
-    if scales.requires_grad:
-        raise ValueError("scales: has no gradient, got a tensor with requires_grad=True; use .detach()")
 
 
 def _check_weights_dtype(weights: Tensor, values: Tensor) -> None:
@@ -205,7 +184,7 @@ def product_key_read(
     check.flag("return_aux", return_aux)
     for name, x in (("query", query), ("row_keys", row_keys), ("column_keys", column_keys)):
         check.floating(name, x)
-    check_table(values, scales)
+    check.table("values", values, "D_v", "scales", scales)
     _check_product_shapes(query, row_keys, column_keys, values)
     real = real_dtype(query.dtype)
     for name, x in (("row_keys", row_keys), ("column_keys", column_keys), ("values", values)):

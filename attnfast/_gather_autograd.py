@@ -31,11 +31,8 @@ def weighted_gather(
 ) -> Tensor:
     """``[B, D_v]`` for indices and weights ``[B, K]``, values ``[N, D_v]`` and scales ``[N]``, validated."""
     route = autograd.plan(weights, values)
-    if sparse_grad and values.requires_grad and torch.is_grad_enabled() and route != "function":
-        raise NotImplementedError(
-            "sparse_grad=True works in eager mode only: not under torch.compile, torch.func transforms, dispatch "
-            "modes or forward-mode AD; use sparse_grad=False there"
-        )
+    if sparse_grad and values.requires_grad and torch.is_grad_enabled():
+        autograd.require_eager_for_sparse(route)
     if route == "reference":
         return reference.weighted_gather(indices, weights, values, scales=scales)
     arguments = (indices, weights, values, scales)
@@ -83,11 +80,7 @@ class WeightedGatherFunction(Function):
             values = grad_out.new_zeros((), dtype=dtype).expand(shape)
         grads: tuple[Tensor | None, ...]
         if ctx.sparse_grad and needs[1]:
-            if autograd.intercepted():
-                raise NotImplementedError(
-                    "sparse_grad=True: the sparse gradient has no derivative and cannot be traced (create_graph=True, "
-                    "torch.compile, dispatch modes); use sparse_grad=False"
-                )
+            autograd.require_unrecorded_sparse(grad_out)
             grads = _gather_ops.weighted_gather_sparse_bwd(grad_out, indices, weights, values, needs[0])
         else:
             grads = _run_backward(grad_out, indices, weights, values, scales, needs)

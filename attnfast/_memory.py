@@ -12,14 +12,14 @@ from torch import Tensor
 from attnfast import _memory_autograd
 from attnfast import _validate as check
 from attnfast._memory_ops import MAX_COUNT
-from attnfast.reference import real_dtype
 
 # --- topk_scores ----------------------------------------------------------------------------------------------------
 
 
 def topk_scores(
-    query: Tensor, keys: Tensor, k: int, *, scale: float = 1.0, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    query: Tensor, keys: Tensor, k: int, *, scale: float = 1.0, mask: Tensor | None = None,
+    key_scales: Tensor | None = None, sparse_grad: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     r"""The k slots of a memory that score highest for each query, in one fused call.
 
     .. math::
@@ -34,7 +34,7 @@ def topk_scores(
         ``[..., D]``: float64, float32, bfloat16 or float16. Any strides.
     keys : Tensor
         ``[N, D]``: float64 where `query` is, else any of float32, bfloat16 and float16, which need not be the query's
-        dtype. Rows may lie apart; where the elements of a row do, the call makes a copy.
+        dtype, or int8 with `key_scales`. Rows may lie apart; where the elements of a row do, the call makes a copy.
     k : int
         How many slots, from 0 to the smaller of N and 2048.
     scale : float
@@ -43,12 +43,19 @@ def topk_scores(
         Boolean, ``[N]`` or broadcastable to ``[..., N]``; True = may be chosen. A slot with False is never chosen,
         whatever its key holds. A mask that is broadcast over some leading dimensions and not over others is expanded
         in memory.
+    key_scales : Tensor, optional
+        float32 ``[N]``, needed with int8 `keys` and only then: slot n has the key ``key_scales[n] * keys[n]``. Has no
+        gradient, nor have the keys then.
+    sparse_grad : bool
+        If True, the gradient of `keys` is a sparse COO tensor with one row for each slot that was chosen, ascending
+        (it is coalesced), in memory that does not depend on N. If False, a dense ``[N, D]``. Both hold the same bits.
+        As in :func:`weighted_gather`.
 
     Returns
     -------
     scores : Tensor
-        ``[..., k]``, largest first: float64 for float64, float32 for all others. Differentiable by `query` and `keys`
-        to any order, the choice held fixed.
+        ``[..., k]``, largest first: float64 for float64, float32 for all others. Differentiable by `query` and `keys`,
+        the choice held fixed; to any order with ``sparse_grad=False``.
     indices : Tensor
         ``[..., k]``, int64.
 
@@ -58,6 +65,8 @@ def topk_scores(
         Shapes that do not fit, k out of range, tensors on unsupported devices.
     TypeError
         Arguments of the wrong kind or dtype.
+    NotImplementedError
+        A sparse gradient under torch.compile, ``torch.func`` transforms or ``create_graph=True``.
 
     Notes
     -----
@@ -66,10 +75,10 @@ def topk_scores(
     - Where fewer than k slots are visible, the places that remain hold the score ``-inf`` and the index ``-1``, after
       any true score of ``-inf``. A softmax over such scores gives them no weight as long as one slot is visible. They
       have no gradient.
-    - Half types are widened as they are read, and products and sums are float32, so ``autocast`` changes nothing.
+    - Half types and int8 are widened as they are read; products and sums are float32, so ``autocast`` changes nothing.
     - The same call gives the same bits whatever the number of threads. One query among few (up to four) and the same
       query among many are summed in another order, so near ties may then differ.
-    - The gradient of the keys is a dense ``[N, D]``, in which each row is a sum in the order of the queries.
+    - A row of the gradient of the keys is a sum in the order of the queries, 256 at a time, and of these sums in order.
 
     References
     ----------
@@ -84,14 +93,14 @@ def topk_scores(
     >>> (scores.softmax(-1).unsqueeze(-1) * values[indices]).sum(-2).shape
     torch.Size([8, 32])
     """
+    check.flag("sparse_grad", sparse_grad)
     check.floating("query", query)
-    check.floating("keys", keys)
-    if keys.dim() != 2:
-        raise ValueError(f"keys: expected 2 dimensions [N, D], got {check.shape_text(keys.shape)}")
+    check.table("keys", keys, "D", "key_scales", key_scales)
     if query.dim() < 1 or query.shape[-1] != keys.shape[1]:
         shape = check.shape_text(query.shape)
         raise ValueError(f"query: expected [..., D] with D = {keys.shape[1]} (keys'), got {shape}")
-    if real_dtype(keys.dtype) != real_dtype(query.dtype):
+    # int8 stands for numbers of float32.
+    if (keys.dtype == torch.float64) != (query.dtype == torch.float64):
         raise TypeError(
             f"keys: expected float64 if query is and only then, got {_name(keys.dtype)} with a query of "
             f"{_name(query.dtype)}"
@@ -103,7 +112,7 @@ def topk_scores(
     if mask is not None:
         mask = _slot_mask(mask, (*leading, keys.shape[0]), rows)
     flat = query.resolve_neg().reshape(rows, query.shape[-1])
-    scores, indices = _memory_autograd.topk_scores(flat, keys.resolve_neg(), mask, k, scale)
+    scores, indices = _memory_autograd.topk_scores(flat, keys.resolve_neg(), mask, k, scale, sparse_grad, key_scales)
     return scores.reshape(*leading, k), indices.reshape(*leading, k)
 
 

@@ -106,7 +106,9 @@ def _rows(table: Tensor, scale: Tensor | None, slots: Tensor | slice, dtype: tor
     return rows if scale is None else rows * scale[slots].to(dtype).unsqueeze(-1)
 
 
-def _picked_rows(table: Tensor, scale: Tensor | None, slots: Tensor, real: torch.dtype) -> Tensor:
+def _picked_rows(
+    table: Tensor, scale: Tensor | None, slots: Tensor, real: torch.dtype, sparse_grad: bool = False
+) -> Tensor:
     """Copies ``[..., D]`` of the rows in `slots` ``[...]``, 0 where the slot is -1.
 
     They are sums of one row each, because the gradient of indexing depends on the order in which threads come along.
@@ -114,7 +116,8 @@ def _picked_rows(table: Tensor, scale: Tensor | None, slots: Tensor, real: torch
     if (real is torch.float64) is not (table.dtype is torch.float64):  # a store's, which has no gradient
         return _rows(table, scale, slots.clamp_min(0), real).masked_fill((slots < 0).unsqueeze(-1), 0.0)
     one = torch.ones(slots.numel(), 1, dtype=real, device=slots.device)
-    return weighted_gather(slots.reshape(-1, 1), one, table, scales=scale).reshape(*slots.shape, table.shape[1])
+    rows = weighted_gather(slots.reshape(-1, 1), one, table, scales=scale, sparse_grad=sparse_grad)
+    return rows.reshape(*slots.shape, table.shape[1])
 
 
 # --- one hop --------------------------------------------------------------------------------------------------------
@@ -184,7 +187,7 @@ def _read_picked(
         return Picked(query.new_zeros(query.shape[0], tables.values.shape[1]), indices, weights, None)
     missing = indices < 0
     if scores is None:
-        keys = _picked_rows(tables.keys, tables.key_scale, indices, real)
+        keys = _picked_rows(tables.keys, tables.key_scale, indices, real, plan.sparse_grad)
         scores = _pair_scores(plan, query.to(real).unsqueeze(1), keys).masked_fill(missing, -torch.inf)
     weights = normalize(plan.normalizer, scores, ~missing, None, None, False).weights
     values, scales = tables.values, tables.value_scale
@@ -202,9 +205,12 @@ def _read_topk(query: Tensor, tables: Tables, plan: Plan, mask: Tensor | None, c
     scores: Tensor | None = None
     if k == 0:
         indices = torch.empty(query.shape[0], 0, dtype=torch.int64, device=query.device)
-    elif plan.score == "dot" and tables.key_scale is None and real_dtype(tables.keys.dtype) is real_dtype(query.dtype):
+    elif plan.score == "dot" and real_dtype(tables.keys.dtype) is real_dtype(query.dtype):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not copy):
-            scores, indices = topk_scores(query, tables.keys, k, scale=plan.scale, mask=mask)
+            scores, indices = topk_scores(
+                query, tables.keys, k, scale=plan.scale, mask=mask, key_scales=tables.key_scale,
+                sparse_grad=plan.sparse_grad,
+            )  # fmt: skip
         scores = None if copy else scores
     else:
         with torch.no_grad():
@@ -228,8 +234,10 @@ def _read_listed(query: Tensor, tables: Tables, plan: Plan, lists: Lists, copy: 
     if plan.topk is not None:
         return _read_picked(query, tables, plan, _select_listed(query, tables, plan, lists, plan.topk), None, copy)
     real = real_dtype(query.dtype)
-    keys = _picked_rows(tables.keys, tables.key_scale, lists.slots, real).to(query.dtype)
-    values = _picked_rows(tables.values, tables.value_scale, lists.slots, real).to(query.dtype)
+    keys, values = (
+        _picked_rows(table, scale, lists.slots, real, plan.sparse_grad).to(query.dtype)
+        for table, scale in ((tables.keys, tables.key_scale), (tables.values, tables.value_scale))
+    )
     if plan.score == "additive":
         # Packed attention has no additive score: one call for each query.
         bounds = lists.offsets.tolist()

@@ -77,8 +77,8 @@ def memory_read(
         With ``hop="replace"``: stop as soon as no element of any query changes by more than `eps` (0: never), which
         costs one synchronisation a hop.
     sparse_grad : bool
-        With `topk`: the gradient of values is a sparse tensor, in memory that does not depend on N
-        (:func:`attnfast.weighted_gather`).
+        With `topk` or `candidates`: the gradients of keys and values are sparse tensors, in memory that does not depend
+        on N (:func:`attnfast.weighted_gather`, which says where they exist).
     return_aux : bool
         Return :class:`MemoryReadOutput` ``(output, indices, weights, usage)``. For a read over all slots its weights
         are a tensor ``[..., N]``.
@@ -94,11 +94,13 @@ def memory_read(
         Shapes that do not fit, a value out of range (candidates included), `topk` > N.
     TypeError
         Arguments of the wrong kind or dtype.
+    NotImplementedError
+        Sparse gradients under torch.compile, ``torch.func`` transforms or ``create_graph=True``.
 
     Notes
     -----
     With the score ``dot``, gradients of keys and values are those of `topk_scores` and `weighted_gather`; with another
-    score and `topk`, the chosen keys are gathered, and the gradient of keys is scattered from their rows.
+    score and `topk`, and with candidates, the rows of chosen keys come from `weighted_gather` too.
 
     References
     ----------
@@ -128,6 +130,8 @@ def memory_read(
         eps=eps,
         sparse_grad=sparse_grad,
     )
+    if plan.sparse_grad and topk is None and candidates is None:
+        raise ValueError("sparse_grad: expected False for a read over all slots, whose gradients are dense")
     check.flag("return_aux", return_aux)
     leading = query.shape[:-1]
     flat = query.reshape(leading.numel(), query.shape[-1])
@@ -234,8 +238,6 @@ def make_plan(
         eps=check.number("eps", eps, "a finite number >= 0 (0 = all hops)"),
         sparse_grad=check.flag("sparse_grad", sparse_grad),
     )
-    if plan.sparse_grad and plan.topk is None:
-        raise ValueError("sparse_grad: only reads with topk have a sparse gradient; expected False without it")
     if plan.eps < 0:
         raise ValueError(f"eps: expected a finite number >= 0 (0 = all hops), got {plan.eps}")
     if plan.eps > 0 and plan.hop != "replace":

@@ -19,6 +19,7 @@ from torch import Tensor
 from attnfast.ops import has_cuda
 
 DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
+TABLE_DTYPES = DTYPES | {torch.int8}
 LENGTH_DTYPES = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
 SCORES = ("dot", "scaled_dot", "cosine", "l2")
 NORMALIZERS = ("softmax", "sparsemax", "entmax15", "sigmoid", "none", "hard", "hard_sample")
@@ -61,6 +62,24 @@ def floating(name: str, x: Any, allowed: Sequence[torch.dtype] | frozenset[torch
     if x.dtype not in allowed:
         names = ", ".join(sorted(_dtype_text(dtype) for dtype in allowed))
         raise TypeError(f"{name}: expected dtype {names}, got {_dtype_text(x.dtype)}")
+
+
+def table(name: str, x: Any, columns: str, scales_name: str, scales: Any) -> None:
+    """A table ``[N, columns]`` of floats, or of int8 with a float32 scale for each row."""
+    floating(name, x, TABLE_DTYPES)
+    if x.dim() != 2:
+        raise ValueError(f"{name}: expected 2 dimensions [N, {columns}], got {shape_text(x.shape)}")
+    if x.dtype != torch.int8:
+        absent(scales_name, scales, f"{name} in {_dtype_text(x.dtype)}")
+        return
+    if scales is None:
+        raise ValueError(f"{scales_name}: expected a float32 tensor [N] with {name} in int8, got None")
+    floating(scales_name, scales, (torch.float32,))
+    if scales.shape != x.shape[:1]:
+        got = shape_text(scales.shape)
+        raise ValueError(f"{scales_name}: expected [N] = [{x.shape[0]}] (the rows of {name}), got {got}")
+    if scales.requires_grad:
+        raise ValueError(f"{scales_name}: has no gradient, got a tensor with requires_grad=True; use .detach()")
 
 
 def operands(query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -145,6 +145,24 @@ def intercepted() -> bool:
     return _grad_enabled() or _dispatch_modes() > 0 or _functorch_active() or _is_compiling()
 
 
+def require_eager_for_sparse(route: str) -> None:
+    """Sparse gradients exist on the eager route alone: of a table, by weighted_gather and topk_scores."""
+    if route != "function":
+        raise NotImplementedError(
+            "sparse_grad=True works in eager mode only: not under torch.compile, torch.func transforms, dispatch "
+            "modes or forward-mode AD; use sparse_grad=False there"
+        )
+
+
+def require_unrecorded_sparse(grad: Tensor) -> None:
+    """In a backward of `grad` that is about to return a sparse gradient."""
+    if intercepted() or not all_have_storage(grad):
+        raise NotImplementedError(
+            "sparse_grad=True: the sparse gradient has no derivative and cannot be traced (create_graph=True, "
+            "torch.compile, dispatch modes) or batched (is_grads_batched=True); use sparse_grad=False"
+        )
+
+
 def functorch_differentiates() -> bool:
     return _functorch_active() and "Grad" in _functorch_kinds()
 

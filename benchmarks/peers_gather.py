@@ -1,4 +1,4 @@
-"""Who is measured beside reads by index: torch's EmbeddingBag, and the package product-key-memory."""
+"""Who is measured beside reads by index: torch's EmbeddingBag, FBGEMM, and the package product-key-memory."""
 
 from __future__ import annotations
 
@@ -30,19 +30,58 @@ class AttnfastGather(Peer):
 
 
 class EmbeddingBag(Peer):
-    """``torch.nn.functional.embedding_bag`` with a sparse gradient, which holds a row for each pick."""
+    """``torch.nn.functional.embedding_bag`` with a sparse gradient, which holds a row for each pick.
 
-    name = EAGER
+    Coalesced it is what ours is, sums of rows in the order of slots, and what SparseAdam and Adagrad make of it first.
+    """
+
     suites = ("gather",)
 
+    def __init__(self, name: str, coalesced: bool) -> None:
+        self.name = name
+        self._coalesced = coalesced
+
     def build(self, case: GatherCase, inputs: Inputs) -> Workload:
-        weights, values = inputs["weights"], inputs["values"]
-        return _turns(
+        weights = inputs["weights"]
+        values = inputs["values"].detach().requires_grad_()  # whose hook is nobody else's
+        if self._coalesced:
+            values.register_hook(lambda grad: grad.coalesce())
+        workload = _turns(
             inputs,
             lambda indices: torch.nn.functional.embedding_bag(
                 indices, values, mode="sum", per_sample_weights=weights, sparse=True
             ),
         )
+        leaves = {"values": values, "weights": weights}
+        return Workload(workload.call, tuple(leaves[name] for name in inputs.wanted), inputs.grad_out)
+
+
+class Fbgemm(Peer):
+    """``fbgemm-gpu-cpu``, whose backward is a step of its optimizer and gives no gradient: forward only."""
+
+    name = "fbgemm"
+    suites = ("gather",)
+
+    def build(self, case: GatherCase, inputs: Inputs) -> Workload:
+        if importlib.util.find_spec("fbgemm_gpu") is None:
+            raise Unsupported("fbgemm_gpu is not installed; `pip install fbgemm-gpu-cpu==1.8.0`")
+        from fbgemm_gpu.split_embedding_configs import EmbOptimType
+        from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
+        from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+            ComputeDevice,
+            SplitTableBatchedEmbeddingBagsCodegen,
+        )
+
+        bags = SplitTableBatchedEmbeddingBagsCodegen(
+            [(case.slots, case.size, EmbeddingLocation.HOST, ComputeDevice.CPU)],
+            optimizer=EmbOptimType.EXACT_SGD,
+            pooling_mode=PoolingMode.SUM,
+        )
+        bags.weights_host = torch.nn.Parameter(inputs["values"].detach().view(-1), requires_grad=False)
+        offsets = torch.arange(0, case.outputs * case.picks + 1, case.picks)
+        weights = inputs["weights"].detach().flatten()
+        workload = _turns(inputs, lambda indices: bags(indices.flatten(), offsets, weights))
+        return Workload(workload.call, (), inputs.grad_out)
 
 
 class AttnfastProductKeys(Peer):
@@ -97,7 +136,9 @@ class ProductKeyMemory(Peer):
 
 for _peer in (
     AttnfastGather(),
-    EmbeddingBag(),
+    EmbeddingBag(EAGER, False),
+    EmbeddingBag("eager coalesced", True),
+    Fbgemm(),
     AttnfastProductKeys(),
     ProductKeyMemory("pkm", False),
     ProductKeyMemory("pkm-sparse", True),

@@ -66,7 +66,7 @@ class Faiss(Peer):
             raise Unsupported("IndexFlatIP holds float32")
         if case.masked:
             raise Unsupported("the peer covers searches without a mask")
-        faiss = _faiss()
+        faiss = faiss_library()
         index = faiss.IndexFlatIP(case.size)
         index.add(inputs["keys"].detach().numpy())
         query = inputs["query"].detach().numpy()
@@ -74,7 +74,7 @@ class Faiss(Peer):
 
     @contextlib.contextmanager
     def _tuned(self) -> Iterator[None]:
-        faiss = _faiss()
+        faiss = faiss_library()
         before = faiss.cvar.distance_compute_blas_threshold
         faiss.cvar.distance_compute_blas_threshold = self._threshold
         faiss.omp_set_num_threads(torch.get_num_threads())
@@ -88,7 +88,7 @@ class Faiss(Peer):
 
 
 @functools.cache
-def _faiss() -> Any:
+def faiss_library() -> Any:
     if importlib.util.find_spec("faiss") is None:
         raise Unsupported("faiss is not installed; `pip install faiss-cpu`")
     import attnfast

@@ -60,6 +60,7 @@ SUITES = {
         Suite("gather", "Weighted rows of a table", default=False, memory=False, yardsticks=False),
         Suite("pkm", "Product-key memory", default=False, yardsticks=False, whole_memory=True),
         Suite("gpu", "Dot-product attention at the sizes of a GPU", default=False, yardsticks=False, gpu=True),
+        Suite("store", "A memory under writes, deletes and reads", default=False, memory=False, yardsticks=False),
         Suite("model", "A transformer encoder on scikit-learn's digits"),
     )
 }
@@ -213,6 +214,7 @@ def _load() -> None:
         cases_masks,
         cases_overhead,
         cases_scaling,
+        cases_store,
         cases_sweep,
         cases_threads,
         cases_topk,
@@ -220,5 +222,6 @@ def _load() -> None:
         peers_additive,
         peers_gather,
         peers_gpu,
+        peers_store,
         peers_topk,
     )

@@ -272,6 +272,44 @@ print(field("VmHWM") - before)
     assert extra[1] < 24 << 10  # 16384 picks of 64 floats are 4 MiB
 
 
+@pytest.mark.parametrize("columns", [64, 60], ids=["whole vectors", "not whole"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=dtype_id)
+def test_gradients_beyond_the_caches_have_the_same_bits(isa: str, dtype: torch.dtype, columns: int) -> None:
+    """Rows of a result beyond 16 MiB, the table of a dense one and the rows of a sparse one, are written otherwise."""
+    N = (16 << 20) // (columns * dtype.itemsize) + 100
+    few = torch.randint(-1, 300, (40, 33))
+    few[:, 5] = 7  # cut by edges of chunks
+    small, large = torch.zeros(300, columns, dtype=dtype), torch.zeros(N, columns, dtype=dtype)
+    kind = torch.float64 if dtype == torch.float64 else torch.float32
+    weights, grad = torch.randn(40, 33, dtype=kind), torch.randn(40, columns, dtype=kind)
+    dense = [
+        torch.ops.attnfast.weighted_gather_bwd(grad, few, weights, table, None, (False, True))[1]
+        for table in (small, large)
+    ]
+    assert torch.equal(dense[0], dense[1][:300]) and dense[0].any() and not dense[1][300:].any()
+    many = torch.cat([torch.arange(N).flip(0), few.flatten().clamp_min(0)])
+    many = torch.nn.functional.pad(many, (0, -len(many) % 32), value=-1).reshape(-1, 32)
+    weights, grad = torch.randn(many.shape, dtype=kind), torch.randn(len(many), columns, dtype=kind)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        sparse = weighted_gather_sparse_bwd(grad, many, weights, large, False)[1]
+        assert torch.equal(sparse.indices()[0], torch.arange(N))
+        used = torch.tensor([0, 7, 299, 300, N // 2, N - 1])
+        uses = [(many == slot).nonzero() for slot in used]
+        want = torch.stack([(weights[at[:, 0], at[:, 1], None].double() * grad[at[:, 0]]).sum(0) for at in uses])
+        limit = torch.finfo(dtype).eps + 64 * torch.finfo(kind).eps
+        assert error(sparse.values()[used], want) <= limit * magnitude(want)
+
+
+def test_gradients_of_an_empty_table() -> None:
+    values, weights, grad = torch.zeros(0, 3), torch.ones(2, 4), torch.ones(2, 3)
+    indices = torch.full((2, 4), -1)
+    assert weighted_gather_sparse_bwd(grad, indices, weights, values, False)[1].values().shape == (0, 3)
+    indices[1, 2] = 0
+    with pytest.raises(ValueError, match=r"got 0 as pick 2 of row 1$"):
+        weighted_gather_sparse_bwd(grad, indices, weights, values, False)
+
+
 def test_only_what_wants_a_gradient_gets_one(monkeypatch: pytest.MonkeyPatch) -> None:
     indices, weights, values, grad = problem("ragged columns")
     both = gradients(attnfast.weighted_gather, indices, weights, values, grad)
@@ -383,6 +421,9 @@ def test_second_derivative_of_a_sparse_gradient_is_an_error() -> None:
     out = attnfast.weighted_gather(indices, weights, values, sparse_grad=True)
     with pytest.raises(NotImplementedError, match="sparse_grad=True: the sparse gradient has no derivative"):
         torch.autograd.grad(out.square().sum(), values, create_graph=True)
+    out = attnfast.weighted_gather(indices, weights, values, sparse_grad=True)
+    with pytest.raises(NotImplementedError, match=r"sparse_grad=True: .* batched \(is_grads_batched=True\)"):
+        torch.autograd.grad(out, values, torch.ones(2, *out.shape), is_grads_batched=True)
 
 
 def test_functorch_derivatives() -> None:

@@ -301,17 +301,38 @@ def test_gradients(score: str, given: dict[str, Any]) -> None:
     assert torch.autograd.gradcheck(read, inputs)
 
 
-@pytest.mark.parametrize("listed", [False, True])
-def test_a_sparse_gradient_of_values_is_the_dense_one(listed: bool) -> None:
-    given = options(candidates=LISTS if listed else None, topk=2, score="l2")
+@pytest.mark.parametrize("hops", [1, 2])
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize(
+    "given", [{"topk": 2}, {"topk": 2, "candidates": LISTS}, {"candidates": LISTS}], ids=["topk", "both", "lists"]
+)
+def test_sparse_gradients_are_the_dense_ones(given: dict[str, Any], score: str, hops: int) -> None:
     query, keys, values = problem()
     found = []
     for sparse in (True, False):
-        table = values.clone().requires_grad_()
-        memory_read(query, keys, table, sparse_grad=sparse, **given).square().sum().backward()
-        assert table.grad is not None and table.grad.is_sparse is sparse
-        found.append(table.grad.to_dense())
-    assert torch.equal(*found)
+        tables = keys.clone().requires_grad_(), values.clone().requires_grad_()
+        out = memory_read(query, *tables, score=SCORES[score], hops=hops, sparse_grad=sparse, **given)
+        grads = torch.autograd.grad(out.square().sum(), tables)
+        assert all(grad.is_sparse is sparse for grad in grads)
+        found.append([grad.to_dense() for grad in grads])
+    for got, wanted in zip(*found, strict=True):
+        assert wanted.any()
+        assert torch.equal(got, wanted) if hops == 1 else torch.allclose(got, wanted, rtol=1e-12)
+
+
+@pytest.mark.parametrize("optimizer", ["SparseAdam", "SGD"])
+def test_optimizers_take_the_sparse_gradients(optimizer: str) -> None:
+    query, keys, values = problem()
+    tables = [torch.nn.Parameter(x.clone()) for x in (keys, values)]
+    steps = getattr(torch.optim, optimizer)(tables, lr=0.1)
+    read = memory_read(query, *tables, topk=1, sparse_grad=True, return_aux=True)
+    read.output.square().sum().backward()
+    steps.step()
+    chosen = torch.zeros(keys.shape[0], dtype=torch.bool)
+    chosen[read.indices.flatten()] = True
+    # One slot has weight 1 whatever its key is: the gradient of keys is there, and 0.
+    assert torch.equal(tables[0], keys) and tables[0].grad.is_sparse
+    assert torch.equal((tables[1] != values).any(1), chosen) and not chosen.all()
 
 
 @pytest.mark.parametrize("given", [{"topk": 3}, {"topk": 2, "hops": 2}], ids=str)
@@ -433,7 +454,7 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "hop": (lambda: memory_read(Q, K, V, hop="mean"), ValueError, r"hop: expected one of 'add', 'replace'"),
     "eps": (lambda: memory_read(Q, K, V, hop="replace", eps=-1.0), ValueError, r"eps: expected a finite number >= 0"),
     "eps-add": (lambda: memory_read(Q, K, V, eps=0.1), ValueError, r'eps: only hop="replace"'),
-    "sparse": (lambda: memory_read(Q, K, V, sparse_grad=True), ValueError, r"sparse_grad: only reads with topk"),
+    "sparse": (lambda: memory_read(Q, K, V, sparse_grad=True), ValueError, r"sparse_grad: expected False for a r"),
     "aux": (lambda: memory_read(Q, K, V, return_aux="yes"), TypeError, r"return_aux: expected True or False"),
     "lists-kind": (lambda: memory_read(Q, K, V, candidates=LISTS[0]), TypeError, r"candidates: expected \(offsets"),
     "lists-dtype": (

@@ -74,7 +74,6 @@ def kernels(simt: ModuleType, monkeypatch: pytest.MonkeyPatch, request: pytest.F
     for module in (_gather_ops, _memory_ops):
         monkeypatch.setattr(module, "cuda_binary", lambda: simt)
     monkeypatch.setattr(_memory_ops, "_choose", _memory_ops._choose_on_device)
-    monkeypatch.setattr(_memory_ops, "_differentiate", _memory_ops._differentiate_on_device)
     monkeypatch.setattr(_gather_ops, "_gather", _gather_ops.gather_on_device)
     monkeypatch.setattr(_gather_ops, "_differentiate", _gather_ops.differentiate_on_device)
     monkeypatch.setattr(_gather_ops, "_merge", simt.product_keys)
@@ -210,8 +209,8 @@ def test_device_tensors_reach_the_device(monkeypatch: pytest.MonkeyPatch) -> Non
     with torch.device("meta"):
         query, keys, values = torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(5, 4)
         indices, weights = torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, 2)
-        _memory_ops.topk_scores_fwd(query, keys, None, 2, 1.0)
-        _memory_ops.topk_scores_bwd(weights, query, keys, indices, 1.0, (True, True))
+        _memory_ops.topk_scores_fwd(query, keys, None, None, 2, 1.0)
+        _memory_ops.topk_scores_bwd(weights, query, keys, None, indices, 1.0, (True, True))
         _gather_ops.weighted_gather_fwd(indices, weights, values, None)
         _gather_ops.weighted_gather_bwd(torch.zeros(2, 4), indices, weights, values, None, (True, True))
         _gather_ops.product_keys(weights, indices, weights, indices, 5, 2)

@@ -27,7 +27,7 @@ py::object topk_scores_workspace(PyObject* const* items, Py_ssize_t given) {
 }
 
 py::object topk_scores_fwd(PyObject* const* items, Py_ssize_t given) {
-  ArgReader args("topk_scores_fwd", items, given, 7, kDevice);
+  ArgReader args("topk_scores_fwd", items, given, 8, kDevice);
   TopkParams params;
   read_topk(args, params);
   const TensorView workspace = args.tensor("workspace");

@@ -13,8 +13,7 @@ using OpFunction = pybind11::object(PyObject* const* items, Py_ssize_t given);
 
 OpFunction dot_attention_fwd, dot_attention_bwd, dot_attention_decode_obstacle;
 OpFunction additive_attention_fwd, additive_attention_bwd, additive_attention_decode_obstacle;
-OpFunction topk_scores_fwd, topk_scores_bwd;
-OpFunction weighted_gather_fwd, weighted_gather_bwd, product_keys;
+OpFunction topk_scores_fwd, weighted_gather_fwd, weighted_gather_bwd, product_keys;
 OpFunction ordinary_call, ordinary_gradient;
 // Of attnfast._cuda alone.
 OpFunction dot_attention_workspace, additive_attention_workspace, topk_scores_workspace, weighted_gather_partial_rows;

@@ -28,13 +28,13 @@ inline void set_result(const TensorView& view, DType dtype, std::initializer_lis
 
 // ---- topk_scores ------------------------------------------------------------------------------------------------
 
-// The floating types within which operands may differ; what is computed in.
+// What is computed in; operands may differ in type within one.
 inline DType real_of(DType dtype) { return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
 
-template <class Params>
-void set_operands(Params& params, const TensorView& query, const TensorView& keys, int64_t count) {
+inline void set_operands(TopkParams& params, const TensorView& query, const TensorView& keys,
+                         const TensorView& key_scales, int64_t count) {
   check_floating(query);
-  check_floating(keys);
+  if (keys.dtype != DType::kInt8) check_floating(keys);
   check_shape(query, {{"B", -1}, {"D", -1}});
   check_shape(keys, {{"N", -1}, {"D", query.size[1]}});
   if (real_of(keys.dtype) != real_of(query.dtype)) {
@@ -43,6 +43,14 @@ void set_operands(Params& params, const TensorView& query, const TensorView& key
   }
   if (keys.size[1] > 1 && keys.stride[1] != 1) {
     throw py::value_error("keys: expected rows of neighbouring elements, got stride " + std::to_string(keys.stride[1]));
+  }
+  if (static_cast<bool>(key_scales) != (keys.dtype == DType::kInt8)) {
+    reject("key_scales", key_scales ? "None without keys in int8" : "a tensor [N] with keys in int8",
+           key_scales ? "a tensor" : "None");
+  }
+  if (key_scales) {
+    check_buffer(key_scales, DType::kFloat32, {{"N", keys.size[0]}});
+    params.key_scales = static_cast<const float*>(key_scales.data);
   }
   check_range("k", count, 0, keys.size[0]);
   params.queries = query.size[0];
@@ -53,16 +61,17 @@ void set_operands(Params& params, const TensorView& query, const TensorView& key
   params.keys = matrix(keys);
 }
 
-// Reads query, keys, mask, scores, indices and scale.
+// Reads query, keys, key_scales, mask, scores, indices and scale.
 inline void read_topk(ArgReader& args, TopkParams& params) {
   const TensorView query = args.tensor("query");
   const TensorView keys = args.tensor("keys");
+  const TensorView key_scales = args.optional_tensor("key_scales");
   const TensorView mask = args.optional_tensor("mask");
   const TensorView scores = args.tensor("scores");
   const TensorView indices = args.tensor("indices");
   params.scale = args.number("scale");
   check_shape(scores, {{"B", -1}, {"k", -1}});
-  set_operands(params, query, keys, scores.size[1]);
+  set_operands(params, query, keys, key_scales, scores.size[1]);
   check_buffer(scores, real_of(query.dtype), {{"B", params.queries}, {"k", params.count}});
   check_buffer(indices, DType::kInt64, {{"B", params.queries}, {"k", params.count}});
   params.scores = scores.data;

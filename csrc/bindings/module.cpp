@@ -80,7 +80,6 @@ PyMethodDef g_op_functions[] = {op_function<dot_attention_fwd>("dot_attention_fw
                                 op_function<additive_attention_bwd>("additive_attention_bwd"),
                                 op_function<additive_attention_decode_obstacle>("additive_attention_decode_obstacle"),
                                 op_function<topk_scores_fwd>("topk_scores_fwd"),
-                                op_function<topk_scores_bwd>("topk_scores_bwd"),
                                 op_function<weighted_gather_fwd>("weighted_gather_fwd"),
                                 op_function<weighted_gather_bwd>("weighted_gather_bwd"),
                                 op_function<product_keys>("product_keys"),

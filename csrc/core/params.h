@@ -99,13 +99,14 @@ struct AdditiveAttentionParams : AttentionParams {
 // the slots, NaN as the largest. Real is double for float64, float for all others; query and keys may differ in dtype
 // within those.
 struct TopkParams {
-  int64_t queries = 0;  // B
-  int64_t slots = 0;    // N
-  int64_t size = 0;     // D
-  int64_t count = 0;    // k, at most N
-  Tensor4 query;        // [1, 1, B, D]
-  Tensor4 keys;         // [1, 1, N, D], elements of a row next to each other
-  Tensor4 mask;         // boolean [1, 1, B, N], true = may be chosen; without data: all
+  int64_t queries = 0;                // B
+  int64_t slots = 0;                  // N
+  int64_t size = 0;                   // D
+  int64_t count = 0;                  // k, at most N
+  Tensor4 query;                      // [1, 1, B, D]
+  Tensor4 keys;                       // [1, 1, N, D], elements of a row next to each other
+  Tensor4 mask;                       // boolean [1, 1, B, N], true = may be chosen; without data: all
+  const float* key_scales = nullptr;  // [N], for keys in int8: slot n has the key key_scales[n] * keys[n]
   double scale = 1.0;
   // Contiguous [B, k]; written by the forward, Real and int64. A place without a slot holds -inf and -1.
   void* scores = nullptr;
@@ -113,19 +114,6 @@ struct TopkParams {
   int32_t threads = 1;  // torch.get_num_threads(): chooses the schedule, never the result
   // The processor has AVX512_BF16 (KernelTable::native_bf16): it may find out with it which scores are of no interest.
   bool native_bf16 = false;
-};
-
-// Its gradient, the choice of slots held fixed.
-struct TopkGradientParams {
-  int64_t queries = 0, slots = 0, size = 0, count = 0;
-  Tensor4 query, keys;  // as in the forward
-  double scale = 1.0;
-  const void* grad_scores = nullptr;  // Real, contiguous [B, k]
-  const int64_t* indices = nullptr;   // contiguous [B, k], -1: none
-  const int64_t* order = nullptr;     // the positions of `indices` sorted by slot, those of a slot in order
-  // A null pointer means "not wanted". Contiguous, in the dtypes of query and keys.
-  Tensor4 grad_query;  // [1, 1, B, D]
-  Tensor4 grad_keys;   // [1, 1, N, D], zero-filled
 };
 
 }  // namespace attnfast

@@ -12,27 +12,6 @@ constexpr int64_t kGatherAhead = 12;         // rows between a prefetch and its 
 constexpr int64_t kPicksPerTask = 1024;      // of the passes in the order of the picks
 constexpr int kLineBytes = 64;
 
-// The stored types of a table whose arithmetic is in R.
-template <class R, class F>
-static inline void visit_table(DType dtype, F f) {
-  if constexpr (std::is_same_v<R, double>) {
-    f(double{});
-  } else {
-    switch (dtype) {
-      case DType::kFloat32:
-        return f(float{});
-      case DType::kBFloat16:
-        return f(BFloat16{});
-      case DType::kFloat16:
-        return f(Float16{});
-      case DType::kInt8:
-        return f(int8_t{});
-      default:
-        return;
-    }
-  }
-}
-
 // An index is read once: what is checked is what is used, even if somebody writes to the tensor meanwhile.
 ATTNFAST_INLINE int64_t read_index(const int64_t* p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
 

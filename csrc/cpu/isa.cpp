@@ -20,7 +20,6 @@ namespace attnfast {
   double yardstick_fma(int64_t steps);                                            \
   uint64_t yardstick_read(const void* data, int64_t bytes);                       \
   void topk_scores_fwd(const TopkParams&);                                        \
-  void topk_scores_bwd(const TopkGradientParams&);                                \
   void weighted_gather_fwd(const WeightedGatherParams&);                          \
   int64_t weighted_gather_sort(const WeightedGatherParams&);                      \
   void weighted_gather_bwd(const WeightedGatherParams&);                          \
@@ -47,7 +46,6 @@ namespace {
    isa::additive_attention_bwd,                \
    isa::additive_attention_decode_obstacle,    \
    isa::topk_scores_fwd,                       \
-   isa::topk_scores_bwd,                       \
    isa::weighted_gather_fwd,                   \
    isa::weighted_gather_sort,                  \
    isa::weighted_gather_bwd,                   \

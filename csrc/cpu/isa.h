@@ -21,7 +21,6 @@ struct KernelTable {
   void (*additive_attention_bwd)(const AdditiveAttentionParams&);
   const char* (*additive_attention_decode_obstacle)(const AdditiveAttentionParams&);
   void (*topk_scores_fwd)(const TopkParams&);
-  void (*topk_scores_bwd)(const TopkGradientParams&);
   void (*weighted_gather_fwd)(const WeightedGatherParams&);
   int64_t (*weighted_gather_sort)(const WeightedGatherParams&);
   void (*weighted_gather_bwd)(const WeightedGatherParams&);

@@ -67,6 +67,7 @@ typedef uint16_t HalfBitsUnaligned __attribute__((vector_size(kVectorBytes / 2),
 typedef uint8_t ByteVec __attribute__((vector_size(kVectorBytes / 4)));
 typedef uint8_t ByteVecUnaligned __attribute__((vector_size(kVectorBytes / 4), aligned(1), may_alias));
 typedef int8_t SignedByteVecUnaligned __attribute__((vector_size(kVectorBytes / 4), aligned(1), may_alias));
+typedef int16_t SignedHalfBits __attribute__((vector_size(kVectorBytes / 2)));
 using U32 = Vec<uint32_t>;
 using I32 = Vec<int32_t>;
 using VecF = Vec<float>;
@@ -79,6 +80,18 @@ template <class R>
 ATTNFAST_INLINE Vec<R> zero() {
   return Vec<R>{};
 }
+// A whole vector to memory past the caches; p is aligned to kVectorBytes. Other threads see it after a fence.
+template <class R>
+ATTNFAST_INLINE void store_past_caches(R* p, Vec<R> v) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+#elif defined(__AVX2__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
+#else
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)v);
+#endif
+}
+ATTNFAST_INLINE void fence_past_caches() { _mm_sfence(); }
 template <class T>
 ATTNFAST_INLINE Vec<T> load(const T* p) {
   return *reinterpret_cast<const typename VecOf<T>::unaligned*>(p);
@@ -285,8 +298,15 @@ ATTNFAST_INLINE Vec<float> load_as(const bool* p) {  // 1 or 0
 }
 template <class R>
 ATTNFAST_INLINE Vec<float> load_as(const int8_t* p) {
-  return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const SignedByteVecUnaligned*>(p), I32),
-                                 VecF);
+#if defined(__AVX512F__)
+  return (VecF)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__)
+  return (VecF)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  // In two steps: GCC takes a wider one element by element.
+  SignedHalfBits h = __builtin_convertvector(*reinterpret_cast<const SignedByteVecUnaligned*>(p), SignedHalfBits);
+  return __builtin_convertvector(__builtin_convertvector(h, I32), VecF);
+#endif
 }
 
 // The first `count` elements, widened, and zeros in the lanes above; nothing past them is read. 0 < count < kLanes<R>.

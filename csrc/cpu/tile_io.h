@@ -21,6 +21,27 @@ static inline int64_t padded(int64_t n) {
   return (n + kLanes<R> - 1) / kLanes<R> * kLanes<R>;
 }
 
+// The stored types of a table whose arithmetic is in R.
+template <class R, class F>
+static inline void visit_table(DType dtype, F f) {
+  if constexpr (std::is_same_v<R, double>) {
+    f(double{});
+  } else {
+    switch (dtype) {
+      case DType::kFloat32:
+        return f(float{});
+      case DType::kBFloat16:
+        return f(BFloat16{});
+      case DType::kFloat16:
+        return f(Float16{});
+      case DType::kInt8:
+        return f(int8_t{});
+      default:
+        return;
+    }
+  }
+}
+
 // kLanes<R> consecutive stored elements as R, for every pair of types.
 template <class R, class T>
 ATTNFAST_INLINE Vec<R> load_lanes(const T* p) {

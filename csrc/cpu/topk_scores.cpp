@@ -51,11 +51,27 @@ struct Task {
   Candidates<R> spare;
 };
 
+// Keys in int8, as the numbers they stand for.
+static void load_codes(const TopkParams& p, int64_t first, int64_t count, float* dst, int64_t stride) {
+  const int8_t* codes = static_cast<const int8_t*>(p.keys.data) + first * p.keys.stride[2];
+  for (int64_t i = 0; i < count; i++, dst += stride) {
+    load_row<float>(codes + i * p.keys.stride[2], 1, p.size, dst);
+    const float scale = p.key_scales[first + i];
+    for (int64_t d = 0; d < p.size; d += kLanes<float>) store(dst + d, load(dst + d) * scale);
+  }
+}
+
 template <class R>
 static Rows<R> key_rows(const Search<R>& f, const Task<R>& t, int64_t first, int64_t count) {
   const Tensor4& keys = f.p->keys;
   if (f.in_place) return {static_cast<const R*>(keys.data) + first * keys.stride[2], keys.stride[2]};
   const int64_t stride = padded<R>(f.p->size) + kLanes<R>;  // an odd number of lines: see readable_in_place
+  if constexpr (std::is_same_v<R, float>) {
+    if (f.p->key_scales) {
+      load_codes(*f.p, first, count, t.converted, stride);
+      return {t.converted, stride};
+    }
+  }
   load_rows<R>(keys, first * keys.stride[2], count, f.p->size, t.converted, stride);
   return {t.converted, stride};
 }
@@ -320,6 +336,10 @@ static void search_rows(const Search<R>& f, int64_t split) {
           dot[r] = sum;
         }
         Vec<R> score = sum_of_rows<1, R>(dot);
+        if constexpr (std::is_same_v<T, int8_t>) {
+          const float* scales = p.key_scales + block + j;
+          score *= rows - j >= L ? load(scales) : load_partial<R>(scales, rows - j);
+        }
         uint64_t bits = not_at_most_bits<R>(score, splat(threshold[b])) & (visible[b] >> j) & kAll;
         if (__builtin_expect(bits == 0, 1)) continue;
         compress_store(own[b].score + count[b], bits, ordered<R>(score));
@@ -394,12 +414,11 @@ static void choose(const TopkParams& p) {
   }
   const bool serial = double(p.queries) * double(p.slots) * double(p.size + 16) < kSerialProducts;
   if (rows) {
-    visit_dtype<R>(p.keys.dtype, [&](auto tag) {
+    visit_table<R>(p.keys.dtype, [&](auto tag) {
       using T = decltype(tag);
-      if constexpr (std::is_same_v<T, R> || (std::is_same_v<R, float> && sizeof(T) == 2))
-        parallel_tasks(
-            f.splits, serial,
-            [](void* context, int64_t task) { search_rows<R, T>(*static_cast<const Search<R>*>(context), task); }, &f);
+      parallel_tasks(
+          f.splits, serial,
+          [](void* context, int64_t task) { search_rows<R, T>(*static_cast<const Search<R>*>(context), task); }, &f);
     });
   } else {
     parallel_tasks(

@@ -13,6 +13,5 @@ namespace attnfast::ATTNFAST_ISA {
 constexpr double kSerialProducts = 1 << 18;
 
 void topk_scores_fwd(const TopkParams& p);
-void topk_scores_bwd(const TopkGradientParams& p);
 
 }  // namespace attnfast::ATTNFAST_ISA

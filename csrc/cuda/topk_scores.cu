@@ -323,6 +323,7 @@ bool rows_are_vectors(const TopkParams& p) {
 }  // namespace
 
 const char* topk_scores_missing(const TopkParams& p) {
+  if (p.keys.dtype == DType::kInt8) return "keys in int8";
   if (p.slots > static_cast<int64_t>(UINT32_MAX)) return "2^32 slots or more";
   if (p.count > Plan<float, kFew>::kMaxCount) return "k above 2048";
   return nullptr;

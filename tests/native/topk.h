@@ -1,4 +1,4 @@
-// topk_scores and its gradient on random calls, see topk.cpp.
+// topk_scores on random calls, see topk.cpp.
 #pragma once
 
 #include <cstdint>

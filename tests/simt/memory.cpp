@@ -104,59 +104,6 @@ void gather_bwd(const WeightedGatherParams& p) {
     sum_segments<float>(p, slots, order, numbers);
 }
 
-double element(const Tensor4& x, int64_t i, int64_t j) {
-  const int64_t at = i * x.stride[2] + j * x.stride[3];
-  switch (x.dtype) {
-    case DType::kFloat64:
-      return static_cast<const double*>(x.data)[at];
-    case DType::kFloat32:
-      return static_cast<const float*>(x.data)[at];
-    case DType::kBFloat16:
-      return from_bfloat16(static_cast<const uint16_t*>(x.data)[at]);
-    default:
-      return from_float16(static_cast<const uint16_t*>(x.data)[at]);
-  }
-}
-
-// The gradient of topk_scores as reads by index, which is what attnfast._memory_ops makes of it.
-template <class R>
-void topk_gradient(const TopkGradientParams& p) {
-  const int64_t total = p.queries * p.count;
-  const Memory weights(total * static_cast<int64_t>(sizeof(R)));
-  const Memory query(p.queries * p.size * static_cast<int64_t>(sizeof(R)));
-  for (int64_t i = 0; i < total; ++i)
-    weights.as<R>()[i] = static_cast<const R*>(p.grad_scores)[i] * static_cast<R>(p.scale);
-  for (int64_t b = 0; b < p.queries; ++b)
-    for (int64_t d = 0; d < p.size; ++d) query.as<R>()[b * p.size + d] = static_cast<R>(element(p.query, b, d));
-  WeightedGatherParams g;
-  g.outputs = p.queries;
-  g.picks = p.count;
-  g.slots = p.slots;
-  g.value_size = p.size;
-  g.indices = p.indices;
-  g.weights = weights.as<void>();
-  g.values = p.keys.data;
-  g.values_stride[0] = p.keys.stride[2];
-  g.values_stride[1] = 1;
-  g.values_dtype = p.keys.dtype;
-  g.out = p.grad_query.data;
-  g.out_dtype = p.grad_query.dtype;
-  cuda::weighted_gather_fwd(g, nullptr);
-  g.grad_out = query.as<void>();
-  g.grad_values = p.grad_keys.data;
-  const Memory sorted(total * 8);
-  g.sorted = sorted.as<uint64_t>();
-  gather_sort(g);
-  gather_bwd(g);
-}
-
-void topk_bwd(const TopkGradientParams& p) {
-  if (p.keys.dtype == DType::kFloat64)
-    topk_gradient<double>(p);
-  else
-    topk_gradient<float>(p);
-}
-
 // One slot is used all the time, most others once: chunks that one slot fills, and one that begins and ends in many.
 std::string check_skewed_use(int64_t uses) {
   native::Random random(static_cast<uint64_t>(uses));
@@ -212,7 +159,6 @@ int main(int count, char** arguments) {
   KernelTable kernels{};
   kernels.name = "simt";
   kernels.topk_scores_fwd = topk_scores;
-  kernels.topk_scores_bwd = topk_bwd;
   kernels.weighted_gather_fwd = [](const WeightedGatherParams& p) { cuda::weighted_gather_fwd(p, nullptr); };
   kernels.weighted_gather_sort = gather_sort;
   kernels.weighted_gather_bwd = gather_bwd;
