@@ -84,6 +84,16 @@ def topk_scores(
     >>> (scores.softmax(-1).unsqueeze(-1) * values[indices]).sum(-2).shape
     torch.Size([8, 32])
     """
+    arguments = topk_call(query, keys, k, scale=scale, mask=mask)
+    scores, indices = _memory_autograd.topk_scores(*arguments)
+    leading = query.shape[:-1]
+    return scores.reshape(*leading, indices.shape[-1]), indices.reshape(*leading, indices.shape[-1])
+
+
+def topk_call(
+    query: Tensor, keys: Tensor, k: int, *, scale: float = 1.0, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None, int, float]:
+    """Arguments of ``_memory_autograd.topk_scores`` for a call of :func:`topk_scores`, checked."""
     check.floating("query", query)
     check.floating("keys", keys)
     if keys.dim() != 2:
@@ -102,9 +112,7 @@ def topk_scores(
     rows = math.prod(leading)
     if mask is not None:
         mask = _slot_mask(mask, (*leading, keys.shape[0]), rows)
-    flat = query.resolve_neg().reshape(rows, query.shape[-1])
-    scores, indices = _memory_autograd.topk_scores(flat, keys.resolve_neg(), mask, k, scale)
-    return scores.reshape(*leading, k), indices.reshape(*leading, k)
+    return query.resolve_neg().reshape(rows, query.shape[-1]), keys.resolve_neg(), mask, k, scale
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -120,18 +120,24 @@ def _picked_rows(table: Tensor, scale: Tensor | None, slots: Tensor, real: torch
 # --- one hop --------------------------------------------------------------------------------------------------------
 
 
+def soft_call(
+    query: Tensor, keys: Tensor, values: Tensor, plan: Plan, mask: Tensor | None, weights: str
+) -> tuple[Any, tuple[Tensor, ...], dict[str, Any]]:
+    """The attention function that reads all slots, and its arguments."""
+    options: dict[str, Any] = {"normalizer": plan.normalizer, "mask": mask, "return_weights": weights or False}
+    if plan.score == "additive":
+        assert plan.score_weight is not None
+        arguments = (query, keys, values, plan.scale * plan.score_weight)
+        return additive_attention, arguments, options | {"score_bias": plan.score_bias}
+    return attention, (query, keys, values), options | {"score": plan.score, "scale": plan.scale}
+
+
 def _read_all(query: Tensor, tables: Tables, plan: Plan, mask: Tensor | None, weights: str) -> Picked:
     """Attention with one batch and one head: the queries are its rows, and the memory is not repeated for them."""
     keys = _rows(tables.keys, tables.key_scale, slice(None), query.dtype)
     values = _rows(tables.values, tables.value_scale, slice(None), query.dtype)
-    options: Any = {"normalizer": plan.normalizer, "mask": mask, "return_weights": weights or False}
-    if plan.score == "additive":
-        assert plan.score_weight is not None
-        result = additive_attention(
-            query, keys, values, plan.scale * plan.score_weight, score_bias=plan.score_bias, **options
-        )
-    else:
-        result = attention(query, keys, values, score=plan.score, scale=plan.scale, **options)
+    function, arguments, options = soft_call(query, keys, values, plan, mask, weights)
+    result = function(*arguments, **options)
     if isinstance(result, Tensor):
         return Picked(result, None, None, None)
     assert result.weights is not None
@@ -140,14 +146,19 @@ def _read_all(query: Tensor, tables: Tables, plan: Plan, mask: Tensor | None, we
     return Picked(result.output, None, None, result.weights.detach())
 
 
+def block_size(query: Tensor, keys: Tensor, plan: Plan, k: int) -> int:
+    """How many slots `select` prepares at a time."""
+    if plan.score == "additive":
+        return max(1, _BLOCK // max(1, keys.shape[1] * query.shape[0]))
+    return max(1, _BLOCK // max(1, keys.shape[1]), k)
+
+
 def select(query: Tensor, tables: Tables, plan: Plan, mask: Tensor | None, k: int) -> Tensor:
     """Slots ``[B, k]`` of the k largest scores, a block of prepared keys at a time."""
     real = real_dtype(query.dtype)
     query = query.to(real)
-    count, size = tables.keys.shape
-    block = max(1, _BLOCK // max(1, size), k)
-    if plan.score == "additive":
-        block = max(1, _BLOCK // max(1, size * query.shape[0]))
+    count = tables.keys.shape[0]
+    block = block_size(query, tables.keys, plan, k)
     prepared = query if plan.score == "additive" else _prepare_query(plan, query)
     best: tuple[Tensor, Tensor] | None = None
     for start in range(0, count, block):
@@ -195,6 +206,12 @@ def _read_picked(
     return Picked(output.to(query.dtype), indices, weights, None)
 
 
+def scores_in_kernel(query: Tensor, tables: Tables, plan: Plan) -> bool:
+    """Whether `topk_scores` on the whole table gives the scores of a top-k read, gradients included."""
+    alike = real_dtype(tables.keys.dtype) is real_dtype(query.dtype)
+    return plan.score == "dot" and tables.key_scale is None and alike
+
+
 def _read_topk(query: Tensor, tables: Tables, plan: Plan, mask: Tensor | None, copy: bool) -> Picked:
     assert plan.topk is not None
     # Not min(): under torch.compile both may be symbols.
@@ -202,7 +219,7 @@ def _read_topk(query: Tensor, tables: Tables, plan: Plan, mask: Tensor | None, c
     scores: Tensor | None = None
     if k == 0:
         indices = torch.empty(query.shape[0], 0, dtype=torch.int64, device=query.device)
-    elif plan.score == "dot" and tables.key_scale is None and real_dtype(tables.keys.dtype) is real_dtype(query.dtype):
+    elif scores_in_kernel(query, tables, plan):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not copy):
             scores, indices = topk_scores(query, tables.keys, k, scale=plan.scale, mask=mask)
         scores = None if copy else scores
@@ -224,6 +241,18 @@ class Lists(NamedTuple):
     row: Tensor
 
 
+def packed_call(
+    query: Tensor, keys: Tensor, values: Tensor, plan: Plan, lists: Lists
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of the packed attention that reads the rows ``[nnz, ...]`` of whole lists."""
+    longest = int(lists.offsets.diff().max()) if query.shape[0] else 0
+    starts = torch.arange(query.shape[0] + 1, device=query.device)
+    arguments = (query.unsqueeze(1), keys.unsqueeze(1), values.unsqueeze(1), starts, lists.offsets, 1, longest)
+    # A packed key has one query, so the sum of its column is its weight.
+    options = {"score": plan.score, "scale": plan.scale, "normalizer": plan.normalizer, "return_weights": "column_sum"}
+    return arguments, options
+
+
 def _read_listed(query: Tensor, tables: Tables, plan: Plan, lists: Lists, copy: bool) -> Picked:
     if plan.topk is not None:
         return _read_picked(query, tables, plan, _select_listed(query, tables, plan, lists, plan.topk), None, copy)
@@ -243,20 +272,8 @@ def _read_listed(query: Tensor, tables: Tables, plan: Plan, lists: Lists, copy: 
         return Picked(
             torch.cat(outputs), lists.slots, torch.cat([w.squeeze(0) for w in weights if w is not None]), None
         )
-    longest = int(lists.offsets.diff().max()) if query.shape[0] else 0
-    result = varlen_attention(
-        query.unsqueeze(1),
-        keys.unsqueeze(1),
-        values.unsqueeze(1),
-        torch.arange(query.shape[0] + 1, device=query.device),
-        lists.offsets,
-        1,
-        longest,
-        score=plan.score,
-        scale=plan.scale,
-        normalizer=plan.normalizer,
-        return_weights="column_sum",  # a packed key has one query, so this is its weight
-    )
+    arguments, options = packed_call(query, keys, values, plan, lists)
+    result = varlen_attention(*arguments, **options)
     assert not isinstance(result, Tensor) and result.weights is not None
     return Picked(result.output.squeeze(1), lists.slots, result.weights.flatten(), None)
 

@@ -113,29 +113,23 @@ def memory_read(
     >>> attnfast.memory_read(query, keys, values, topk=8).shape
     torch.Size([4, 32])
     """
-    check_tables(query, keys, values)
-    slots = keys.shape[0]
-    plan = make_plan(
+    flat, plan, seen, lists = memory_call(
         query,
-        slots,
-        values.shape[1],
+        keys,
+        values,
         topk=topk,
         score=score,
         scale=scale,
         normalizer=normalizer,
+        mask=mask,
+        candidates=candidates,
         hops=hops,
         hop=hop,
         eps=eps,
         sparse_grad=sparse_grad,
+        return_aux=return_aux,
     )
-    check.flag("return_aux", return_aux)
-    leading = query.shape[:-1]
-    flat = query.reshape(leading.numel(), query.shape[-1])
-    seen = _flat_mask(mask, leading, slots)
-    lists = None
-    if candidates is not None:
-        lists = make_lists(candidates, flat.shape[0], slots, seen)
-        seen = None
+    slots, leading = keys.shape[0], query.shape[:-1]
     usage = torch.zeros(
         slots,
         dtype=torch.int64 if plan.topk is not None else torch.float32,
@@ -169,6 +163,50 @@ def shaped(picked: Picked, leading: Sequence[int], listed: bool) -> tuple[Tensor
     both = (picked.indices, picked.weights)
     indices, weights = (None if x is None else x.reshape(*leading, x.shape[-1]) for x in both)
     return indices, weights
+
+
+def memory_call(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    topk: int | None = None,
+    score: str | tuple[Any, ...] = "dot",
+    scale: float = 1.0,
+    normalizer: str = "softmax",
+    mask: Tensor | None = None,
+    candidates: tuple[Tensor, Tensor] | None = None,
+    hops: int = 1,
+    hop: str = "add",
+    eps: float = 0.0,
+    sparse_grad: bool = False,
+    return_aux: bool = False,
+) -> tuple[Tensor, Plan, Tensor | None, Lists | None]:
+    """Queries ``[Q, D]``, how to read, mask and lists of a call of :func:`memory_read`, checked."""
+    check_tables(query, keys, values)
+    slots = keys.shape[0]
+    plan = make_plan(
+        query,
+        slots,
+        values.shape[1],
+        topk=topk,
+        score=score,
+        scale=scale,
+        normalizer=normalizer,
+        hops=hops,
+        hop=hop,
+        eps=eps,
+        sparse_grad=sparse_grad,
+    )
+    check.flag("return_aux", return_aux)
+    leading = query.shape[:-1]
+    flat = query.reshape(leading.numel(), query.shape[-1])
+    seen = _flat_mask(mask, leading, slots)
+    lists = None
+    if candidates is not None:
+        lists = make_lists(candidates, flat.shape[0], slots, seen)
+        seen = None
+    return flat, plan, seen, lists
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------

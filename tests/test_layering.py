@@ -154,6 +154,8 @@ LAYERS = {
     "_prepare": 3,
     "_scores": 3,
     "_validate": 3,
+    "_explain_memory": 4,
+    "_explain_text": 4,
     "explain": 4,
     "nn": 5,
     "viz": 5,
@@ -175,7 +177,17 @@ REFERENCE = {
     "_reference_memory_read",
     "_options",
 }
-MAY_USE_BINARY = {"ops", "_additive_ops", "_gather_ops", "_memory_ops", "explain", "__init__", "cli", "benchmarks"}
+MAY_USE_BINARY = {
+    "ops",
+    "_additive_ops",
+    "_gather_ops",
+    "_memory_ops",
+    "_explain_text",
+    "explain",
+    "__init__",
+    "cli",
+    "benchmarks",
+}
 
 
 def python_files() -> dict[str, list[Path]]:
