@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from attnfast import autograd
 from attnfast._additive import additive_attention
 from attnfast._gather import weighted_gather
 from attnfast._memory import topk_scores
@@ -114,7 +115,9 @@ def _picked_rows(table: Tensor, scale: Tensor | None, slots: Tensor, real: torch
     if (real is torch.float64) is not (table.dtype is torch.float64):  # a store's, which has no gradient
         return _rows(table, scale, slots.clamp_min(0), real).masked_fill((slots < 0).unsqueeze(-1), 0.0)
     one = torch.ones(slots.numel(), 1, dtype=real, device=slots.device)
-    return weighted_gather(slots.reshape(-1, 1), one, table, scales=scale).reshape(*slots.shape, table.shape[1])
+    return weighted_gather(slots.reshape(slots.numel(), 1), one, table, scales=scale).reshape(
+        *slots.shape, table.shape[1]
+    )
 
 
 # --- one hop --------------------------------------------------------------------------------------------------------
@@ -282,16 +285,16 @@ def _read_listed(query: Tensor, tables: Tables, plan: Plan, lists: Lists, copy: 
 def _select_listed(query: Tensor, tables: Tables, plan: Plan, lists: Lists, k: int) -> Tensor:
     """The k largest of each list, ``[B, k]``: sort all pairs by score, then by list."""
     real = real_dtype(query.dtype)
-    found = torch.full((query.shape[0], k), -1, dtype=torch.int64, device=query.device)
     keys = _rows(tables.keys, tables.key_scale, lists.slots, real)
     scores = _pair_scores(plan, query.to(real)[lists.row], keys)
     order = scores.sort(descending=True, stable=True).indices
     order = order[lists.row[order].sort(stable=True).indices]
     row = lists.row[order]
     place = torch.arange(row.shape[0], device=row.device) - lists.offsets[row]
-    kept = place < k
-    found[row[kept], place[kept]] = lists.slots[order][kept]
-    return found
+    # What is beyond the k-th goes to one more place, which is cut off: leaving it out is a shape that depends on data.
+    found = torch.full((query.shape[0] * (k + 1),), -1, dtype=torch.int64, device=query.device)
+    found = found.scatter(0, row * (k + 1) + place.clamp_max(k), lists.slots[order])
+    return found.view(query.shape[0], k + 1)[:, :k]
 
 
 # --- all hops -------------------------------------------------------------------------------------------------------
@@ -325,22 +328,34 @@ def read_tables(
         if number == plan.hops:
             break
         following = query + picked.output if plan.hop == "add" else picked.output
-        # One synchronisation a hop, and only if the caller wants to stop early.
-        if plan.eps > 0 and (not query.numel() or bool((following - query).detach().abs().max() <= plan.eps)):
+        if plan.eps > 0 and (not query.numel() or _at_rest(following, query, plan.eps)):
             break
         query = following
     return picked, number
 
 
-def count_usage(usage: Tensor, picked: Picked) -> None:
-    """Add one hop to ``usage [N]``: counts of picks if it is an integer tensor, sums of weights otherwise."""
+def _at_rest(following: Tensor, query: Tensor, eps: float) -> bool:
+    """One synchronisation a hop, and only if the caller wants to stop early."""
+    change = (following - query).detach().abs().max()
+    if autograd.is_mapped(change):
+        raise NotImplementedError(
+            "eps: under torch.vmap no sample can stop before the others; use eps=0, or one call with the samples in "
+            "the leading dimensions of query"
+        )
+    return bool(change <= eps)
+
+
+def count_usage(usage: Tensor, picked: Picked) -> Tensor:
+    """``usage [N]`` with one hop added: counts of picks if it is an integer tensor, sums of weights otherwise.
+
+    Nothing here has a shape that depends on data, nor is anything written in place: so it can be traced and mapped.
+    """
     if picked.column_sum is not None:
-        usage += picked.column_sum.to(usage.dtype)
-    elif picked.indices is not None:
-        assert picked.weights is not None
-        seen = picked.indices >= 0
-        slots = picked.indices[seen]
-        if usage.dtype is torch.int64:
-            usage.index_add_(0, slots, torch.ones_like(slots))
-        else:
-            usage.index_add_(0, slots, picked.weights.detach()[seen].to(usage.dtype))
+        return usage + picked.column_sum.to(usage.dtype)
+    if picked.indices is None or usage.shape[0] == 0:
+        return usage
+    assert picked.weights is not None
+    seen = picked.indices >= 0
+    share = seen.to(usage.dtype) if usage.dtype is torch.int64 else picked.weights.detach().to(usage.dtype)
+    slots = picked.indices.clamp_min(0).flatten()
+    return usage.index_add(0, slots, share.masked_fill(~seen, 0).flatten())

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attnfast import _validate as check
+from attnfast import autograd
 from attnfast._memory_hops import Lists, Picked, Plan, Tables, count_usage, read_tables
 from attnfast._memory_ops import MAX_COUNT
 from attnfast.reference import MemoryReadOutput
@@ -94,6 +95,8 @@ def memory_read(
         Shapes that do not fit, a value out of range (candidates included), `topk` > N.
     TypeError
         Arguments of the wrong kind or dtype.
+    NotImplementedError
+        Under ``torch.vmap``: `eps`, lists or a mask of lists that are mapped; and a sparse gradient.
 
     Notes
     -----
@@ -137,8 +140,9 @@ def memory_read(
     )
 
     def observe(picked: Picked) -> None:
+        nonlocal usage
         if return_aux:
-            count_usage(usage, picked)
+            usage = count_usage(usage, picked)
 
     picked, _ = read_tables(
         flat,
@@ -326,6 +330,11 @@ def make_lists(candidates: Any, queries: int, slots: int, mask: Tensor | None) -
         check.integers(name, x)
         if x.dim() != 1:
             raise ValueError(f"{name}: expected one dimension, got {check.shape_text(x.shape)}")
+    if autograd.is_mapped(offsets) or autograd.is_mapped(found) or (mask is not None and autograd.is_mapped(mask)):
+        raise NotImplementedError(
+            "candidates: under torch.vmap all samples share the lists and their mask; for lists of their own make one "
+            "call with the samples in the leading dimensions of query"
+        )
     offsets, found = offsets.long(), found.long()
     if offsets.shape[0] != queries + 1:
         raise ValueError(f"candidates' offsets: expected [Q + 1] = [{queries + 1}], got [{offsets.shape[0]}]")
