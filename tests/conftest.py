@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.util
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from types import SimpleNamespace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +24,7 @@ except ImportError:
     # No binary: the kernel tests must fail with attnfast's own error, not silently vanish.
     ISAS = ["missing"]
 
+ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = ["reference", *(f"cpu-{name}" for name in ISAS)]
 
 
@@ -129,3 +134,19 @@ def route(request: pytest.FixtureRequest) -> Iterator[Any]:
 @pytest.fixture(params=FLOATS, ids=dtype_id)
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
+
+
+@pytest.fixture(scope="session")
+def simt() -> ModuleType:
+    """The CUDA kernels under the SIMT emulator, built if need be: `make setup` does not wait for them."""
+    spec = importlib.util.spec_from_file_location("simt_tests", ROOT / "tools" / "simt_tests.py")
+    assert spec is not None and spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    sys.path.insert(0, str(tool.build_module()))
+    try:
+        module = importlib.import_module("_simt")
+    finally:
+        sys.path.pop(0)
+    module.init(torch.Tensor.__dlpack_c_exchange_api__)
+    return module

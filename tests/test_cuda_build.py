@@ -58,8 +58,10 @@ def test_the_budget_names_every_architecture_that_is_built(budget_tool: ModuleTy
     built = {f"sm_{name.removesuffix('-real')}" for name in match[1].split(";")}
     budget = json.loads((ROOT / "tests" / "cuda_budget.json").read_text())
     assert built == set(budget) == set(budget_tool.ARCHITECTURES)
+    names = [set(kernels) for kernels in budget.values()]
+    assert names[0] and all(other == names[0] for other in names)
     for kernels in budget.values():
-        assert len(kernels) == 12 and not any(used["spill_bytes"] for used in kernels.values())
+        assert not any(used["spill_bytes"] for used in kernels.values())
 
 
 def test_the_module_is_loaded_only_when_needed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,11 +6,8 @@ takes the place of the CPU's forward, so that the calls and the expectations are
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -21,25 +18,8 @@ from torch import Tensor
 import attnfast
 from attnfast import ops, reference
 
-ROOT = Path(__file__).resolve().parent.parent
 SEEDS = range(4)  # one of each kind of schedule
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-
-
-@pytest.fixture(scope="module")
-def simt() -> ModuleType:
-    """The module, built if need be: it is no part of the package, and `make setup` does not wait for it."""
-    spec = importlib.util.spec_from_file_location("simt_tests", ROOT / "tools" / "simt_tests.py")
-    assert spec is not None and spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    sys.path.insert(0, str(tool.build_module()))
-    try:
-        module = importlib.import_module("_simt")
-    finally:
-        sys.path.pop(0)
-    module.init(torch.Tensor.__dlpack_c_exchange_api__)
-    return module
 
 
 @pytest.fixture

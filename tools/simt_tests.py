@@ -1,8 +1,8 @@
 """Builds tests/simt once per sanitizer and runs it: `python tools/simt_tests.py none address thread`.
 
-Three programs under the SIMT emulator, none of which needs a GPU or CUDA: its own tests, the kernels of csrc/cuda
-against their definition, and kernels with one bug each. For these the program itself lists which checks must find which
-bug; a bug that one of those misses is a failure, and so is a report about the same kernel without its bug.
+Programs under the SIMT emulator, none of which needs a GPU or CUDA: its own tests, the kernels of csrc/cuda against
+their definition, one program an op, and kernels with one bug each. For these the program itself lists which checks must
+find which bug; a bug that one of those misses is a failure, and so is a report about the same kernel without its bug.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 WRONG, REPORT, ADDRESS, THREAD = 1, 2, 4, 8
 FOUND = {WRONG: "wrong result", REPORT: "emulator", ADDRESS: "AddressSanitizer or UBSan", THREAD: "ThreadSanitizer"}
 STATUS = {ADDRESS: 90, THREAD: 91}
+# Programs that must find nothing: the emulator itself, and the random calls of each op.
+PROGRAMS = ("primitives", "dot_attention")
 BUILDS = {"none": WRONG | REPORT, "address": ADDRESS, "thread": THREAD}
 # Leaks: a kernel that failed leaves its stacks as they are. Use after return: fibers share the scheduler's fake stack.
 OPTIONS = {
@@ -121,8 +123,8 @@ def main() -> int:
         start = time.perf_counter()
         folders[sanitizer] = folder = build(sanitizer)
         built = time.perf_counter()
-        for name in ("attnfast_simt_primitives", "attnfast_simt_kernels"):
-            result = run(folder / name)
+        for name in PROGRAMS:
+            result = run(folder / f"attnfast_simt_{name}")
             print(f"{name}, sanitizer {sanitizer}: {result.stdout.strip().splitlines()[-1:]}")
             if result.returncode != 0:
                 print(f"FAILED: status {result.returncode}")

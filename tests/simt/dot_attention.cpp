@@ -1,13 +1,11 @@
-// The kernels of csrc/cuda under the emulator: random calls against their definition in double precision
+// The dot core of csrc/cuda under the emulator: random calls against their definition in double precision
 // (tests/native), on exact-size buffers, under every kind of schedule; and the counts that the main tiles must have.
 //
-//   attnfast_simt_kernels [--cases N] [--first N]
-#include <cmath>
+//   attnfast_simt_dot_attention [--cases N] [--first N]
 #include <cstdio>
 #include <cstdlib>
-#include <limits>
 
-#include "check.h"
+#include "compare.h"
 #include "cuda/dot_attention.h"
 #include "native/oracle.h"
 #include "native/problem.h"
@@ -16,43 +14,8 @@ namespace attnfast::simt {
 namespace {
 
 using native::Config;
-using native::HostTensor;
 using native::Problem;
 using native::Random;
-
-// Of the largest element. The half types round weights before the last product, and the output.
-double tolerance(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return 3e-13;  // scores are scaled to base 2 first
-    case DType::kFloat32:
-      return 4e-6;
-    case DType::kBFloat16:
-      return 8e-3;
-    default:
-      return 1e-3;
-  }
-}
-
-std::string compare(const char* what, const HostTensor& got, const HostTensor& wanted, double relative) {
-  double scale = 1;
-  for (int pass = 0; pass < 2; ++pass) {
-    for (int64_t b = 0; b < wanted.size(0); ++b)
-      for (int64_t h = 0; h < wanted.size(1); ++h)
-        for (int64_t i = 0; i < wanted.size(2); ++i)
-          for (int64_t j = 0; j < wanted.size(3); ++j) {
-            const double y = wanted.get(b, h, i, j);
-            if (pass == 0 && std::isfinite(y)) scale = std::max(scale, std::fabs(y));
-            if (pass == 0) continue;
-            const double x = got.get(b, h, i, j);
-            if (x == y || std::fabs(x - y) <= relative * scale || (std::isnan(x) && std::isnan(y))) continue;
-            char text[160];
-            std::snprintf(text, sizeof(text), "%s[%d,%d,%d,%d]: %g for %g", what, int(b), int(h), int(i), int(j), x, y);
-            return text;
-          }
-  }
-  return "";
-}
 
 // A call small enough for the emulator and within what the kernels have.
 Config small_config(Random& random) {
@@ -139,6 +102,6 @@ int main(int count, char** arguments) {
   if (cases >= 60) expect(g_took_mma && g_took_fma, "both kernels were tried");
   for (int64_t size : {64, 128, 256}) check_counts(DType::kBFloat16, size);
   check_counts(DType::kFloat16, 64);
-  std::printf("simt kernels: %lld cases, %d failures\n", static_cast<long long>(cases), g_failures);
+  std::printf("simt dot_attention: %lld cases, %d failures\n", static_cast<long long>(cases), g_failures);
   return g_failures == 0 ? 0 : 1;
 }

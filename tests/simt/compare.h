@@ -1,0 +1,51 @@
+// How far a kernel under the emulator may be from its definition in double precision, and where it is further.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <string>
+
+#include "check.h"
+#include "native/problem.h"
+
+namespace attnfast::simt {
+
+using native::HostTensor;
+
+// Of the largest element. The half types round weights before the last product, and the output.
+inline double tolerance(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return 3e-13;  // scores are scaled to base 2 first
+    case DType::kFloat32:
+      return 4e-6;
+    case DType::kBFloat16:
+      return 8e-3;
+    default:
+      return 1e-3;
+  }
+}
+
+// The first element of `got` that is further than `relative` of the largest from `wanted`, or "".
+inline std::string compare(const char* what, const HostTensor& got, const HostTensor& wanted, double relative) {
+  double scale = 1;
+  for (int pass = 0; pass < 2; ++pass) {
+    for (int64_t b = 0; b < wanted.size(0); ++b)
+      for (int64_t h = 0; h < wanted.size(1); ++h)
+        for (int64_t i = 0; i < wanted.size(2); ++i)
+          for (int64_t j = 0; j < wanted.size(3); ++j) {
+            const double y = wanted.get(b, h, i, j);
+            if (pass == 0 && std::isfinite(y)) scale = std::max(scale, std::fabs(y));
+            if (pass == 0) continue;
+            const double x = got.get(b, h, i, j);
+            if (x == y || std::fabs(x - y) <= relative * scale || (std::isnan(x) && std::isnan(y))) continue;
+            char text[160];
+            std::snprintf(text, sizeof(text), "%s[%d,%d,%d,%d]: %g for %g", what, int(b), int(h), int(i), int(j), x, y);
+            return text;
+          }
+  }
+  return "";
+}
+
+}  // namespace attnfast::simt
