@@ -199,7 +199,7 @@ def _read_picked(
     missing = indices < 0
     if scores is None:
         keys = _picked_rows(tables.keys, tables.key_scale, indices, real)
-        scores = _pair_scores(plan, query.to(real).unsqueeze(1), keys).masked_fill(missing, -torch.inf)
+        scores = _pair_scores(plan, query.to(real).unsqueeze(1), keys)
     weights = normalize(plan.normalizer, scores, ~missing, None, None, False).weights
     values, scales = tables.values, tables.value_scale
     if copy or (real is torch.float64) is not (values.dtype is torch.float64):
