@@ -109,7 +109,8 @@ def _read(fn: Any, explain: Explain, args: Any, kwargs: Any) -> list[str]:
     lines = [headline]
     if plan.hops > 1:
         stop = f" unless a query changes by at most {plan.eps:g}" if plan.eps else ""
-        lines.append(f"hops: {plan.hops}{stop}, each as follows")
+        lines.append(f"hops: {plan.hops}{stop}, the last as follows")
+        flat = _stand_in(tuple(flat.shape), flat.dtype, flat, keys, values)  # what the hop before has read
     tables = Tables(keys, values)
     if lists is not None:
         return lines + _read_lists(explain, flat, tables, plan, lists)

@@ -143,7 +143,7 @@ READS: dict[str, tuple[dict[str, Any], list[str], set[str]]] = {
     "all, additive": ({"score": ADDITIVE}, ["  additive_attention: query"], {"additive_attention"}),
     "hops": (
         {"hops": 3, "hop": "replace", "eps": 0.5},
-        ["hops: 3 unless a query changes by at most 0.5, each as follows", "way: all slots"],
+        ["hops: 3 unless a query changes by at most 0.5, the last as follows", "way: all slots"],
         {"attention"},
     ),
     "topk": (
@@ -219,6 +219,8 @@ def test_the_gradients_of_a_read_are_of_its_stages(wanted: str) -> None:
     assert ("gradient of the values: sparse" in text) == (wanted == "values")
     soft = explain(attnfast.memory_read, *tensors, score=score)
     assert "  route: function" in soft
+    hops = explain(attnfast.memory_read, *tensors, topk=2, hops=2)
+    assert ("  route: kernel" in hops) == (wanted == "score"), "the second query depends on all three"
 
 
 def test_a_sparse_gradient_is_of_eager_mode() -> None:

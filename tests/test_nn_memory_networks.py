@@ -540,7 +540,7 @@ def test_what_the_network_is_told_reaches_its_parts() -> None:
 
 
 def test_whole_loss_is_the_sum_of_its_parts_and_the_seed_decides() -> None:
-    network = loud(MemoryNetwork(V, SIZE, slots=N, supports=2))
+    network = loud(MemoryNetwork(V, SIZE, slots=N, supports=2, matches=True))  # the order of the facts counts
     story, question = texts(B, N, J, seed=1), texts(B, J, seed=2)
     places, answer = torch.tensor([[0, 1], [2, 3], [4, 5], [1, 1]]), torch.tensor([1, 2, 3, 4])
     torch.manual_seed(6)
