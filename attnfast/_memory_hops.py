@@ -355,7 +355,7 @@ def count_usage(usage: Tensor, picked: Picked) -> Tensor:
     if picked.indices is None or usage.shape[0] == 0:
         return usage
     assert picked.weights is not None
-    seen = picked.indices >= 0
-    share = seen.to(usage.dtype) if usage.dtype is torch.int64 else picked.weights.detach().to(usage.dtype)
-    slots = picked.indices.clamp_min(0).flatten()
-    return usage.index_add(0, slots, share.masked_fill(~seen, 0).flatten())
+    counted = picked.indices >= 0 if usage.dtype is torch.int64 else picked.weights.detach()
+    share = counted.to(usage.dtype)
+    # A pick of nothing has weight 0.
+    return usage.index_add(0, picked.indices.clamp_min(0).flatten(), share.flatten())
