@@ -98,8 +98,8 @@ def dot_attention_bwd(
     """Queue ``_C.dot_attention_bwd`` on torch's current stream of the tensors' device.
 
     As there, but ``out``, ``lse`` and ``delta`` must be given, and ``delta`` is a workspace of three planes: Real,
-    contiguous ``[3, B, H, T_q]``. ``threads`` is ignored. NotImplementedError names what the kernels do not have: packed
-    sequences, gradients of weights, window bounds, a prior, head sizes above 256.
+    contiguous ``[3, B, H, T_q]``. ``threads`` is ignored. NotImplementedError names what the kernels do not have:
+    packed sequences, gradients of weights, window bounds, a prior, head sizes above 256.
     """
 
 def additive_attention_fwd(
@@ -233,8 +233,8 @@ def weighted_gather_bwd(
 ) -> None:
     """Queue the gradients that are tensors; ``grad_values`` is zero-filled.
 
-    For ``grad_values [N, D_v]`` the picks come sorted by slot, stably: ``slots [B * K]`` with N for what is no slot, and
-    ``order [B * K]``, their positions. With ``ranks [B * K]``, the number of each pick's slot among those that occur,
+    For ``grad_values [N, D_v]`` the picks come sorted by slot, stably: ``slots [B * K]`` with N for what is no slot,
+    and ``order [B * K]``, their positions. With ``ranks [B * K]``, the number of each pick's slot among those that occur,
     the rows of ``grad_values`` are these. ``partial_sums`` is ``[weighted_gather_partial_rows(B * K), D_v]`` in the
     accumulation dtype, not initialised. None of this can be checked without waiting for the device.
     """

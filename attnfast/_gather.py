@@ -79,6 +79,15 @@ def weighted_gather(
     >>> table.grad.is_sparse and table.grad.is_coalesced()
     True
     """
+    arguments = gather_call(indices, weights, values, scales=scales, sparse_grad=sparse_grad)
+    out = _gather_autograd.weighted_gather(*arguments)
+    return out.reshape(*indices.shape[:-1], values.shape[1])
+
+
+def gather_call(
+    indices: Tensor, weights: Tensor, values: Tensor, *, scales: Tensor | None = None, sparse_grad: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, bool]:
+    """Arguments of ``_gather_autograd.weighted_gather`` for a call of :func:`weighted_gather`, checked."""
     check.flag("sparse_grad", sparse_grad)
     check.integers("indices", indices)
     check.floating("weights", weights)
@@ -89,16 +98,9 @@ def weighted_gather(
         expected, got = check.shape_text(indices.shape), check.shape_text(weights.shape)
         raise ValueError(f"weights: expected [..., K] = {expected} (indices'), got {got}")
     _check_weights_dtype(weights, values)
-    leading, picks = indices.shape[:-1], indices.shape[-1]
-    rows = math.prod(leading)
-    out = _gather_autograd.weighted_gather(
-        indices.to(torch.int64).reshape(rows, picks),
-        weights.resolve_neg().reshape(rows, picks),
-        values.resolve_neg(),
-        scales,
-        sparse_grad,
-    )
-    return out.reshape(*leading, values.shape[1])
+    rows, picks = math.prod(indices.shape[:-1]), indices.shape[-1]
+    flat = indices.to(torch.int64).reshape(rows, picks), weights.resolve_neg().reshape(rows, picks)
+    return *flat, values.resolve_neg(), scales, sparse_grad
 
 
 def _check_weights_dtype(weights: Tensor, values: Tensor) -> None:
@@ -180,19 +182,10 @@ def product_key_read(
     >>> attnfast.product_key_read(torch.randn(8, 4, 2, 16), row_keys, column_keys, values, 32).shape
     torch.Size([8, 64])
     """
-    check.flag("sparse_grad", sparse_grad)
-    check.flag("return_aux", return_aux)
-    for name, x in (("query", query), ("row_keys", row_keys), ("column_keys", column_keys)):
-        check.floating(name, x)
-    check.table("values", values, "D_v", "scales", scales)
-    _check_product_shapes(query, row_keys, column_keys, values)
-    real = real_dtype(query.dtype)
-    for name, x in (("row_keys", row_keys), ("column_keys", column_keys), ("values", values)):
-        if real_dtype(x.dtype) != real:
-            got = f"{_name(x.dtype)} with a query of {_name(query.dtype)}"
-            raise TypeError(f"{name}: expected float64 if query is and only then, got {got}")
-    n = row_keys.shape[1]
-    k = pick_count("topk", topk, n * n, "n * n")
+    k = product_key_call(
+        query, row_keys, column_keys, values, topk, scales=scales, sparse_grad=sparse_grad, return_aux=return_aux
+    )
+    real, n = real_dtype(query.dtype), row_keys.shape[1]
     leading, (heads, _, half) = query.shape[:-3], query.shape[-3:]
     rows = math.prod(leading)
     flat = query.resolve_neg().reshape(rows, heads, 2, half)
@@ -217,6 +210,26 @@ def product_key_read(
         return output
     shape = (*leading, heads, k)
     return ProductKeyReadOutput(output, slots.reshape(shape), weights.reshape(shape))
+
+
+def product_key_call(
+    query: Tensor, row_keys: Tensor, column_keys: Tensor, values: Tensor, topk: int, *, scales: Tensor | None = None,
+    sparse_grad: bool = False, return_aux: bool = False,
+) -> int:  # fmt: skip
+    """Check a call of :func:`product_key_read`; returns k."""
+    check.flag("sparse_grad", sparse_grad)
+    check.flag("return_aux", return_aux)
+    for name, x in (("query", query), ("row_keys", row_keys), ("column_keys", column_keys)):
+        check.floating(name, x)
+    check.table("values", values, "D_v", "scales", scales)
+    _check_product_shapes(query, row_keys, column_keys, values)
+    real = real_dtype(query.dtype)
+    for name, x in (("row_keys", row_keys), ("column_keys", column_keys), ("values", values)):
+        if real_dtype(x.dtype) != real:
+            got = f"{_name(x.dtype)} with a query of {_name(query.dtype)}"
+            raise TypeError(f"{name}: expected float64 if query is and only then, got {got}")
+    n = row_keys.shape[1]
+    return pick_count("topk", topk, n * n, "n * n")
 
 
 def _softmax(scores: Tensor) -> Tensor:

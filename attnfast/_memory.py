@@ -93,6 +93,17 @@ def topk_scores(
     >>> (scores.softmax(-1).unsqueeze(-1) * values[indices]).sum(-2).shape
     torch.Size([8, 32])
     """
+    arguments = topk_call(query, keys, k, scale=scale, mask=mask, sparse_grad=sparse_grad, key_scales=key_scales)
+    scores, indices = _memory_autograd.topk_scores(*arguments)
+    leading = query.shape[:-1]
+    return scores.reshape(*leading, indices.shape[-1]), indices.reshape(*leading, indices.shape[-1])
+
+
+def topk_call(
+    query: Tensor, keys: Tensor, k: int, *, scale: float = 1.0, mask: Tensor | None = None, sparse_grad: bool = False,
+    key_scales: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, int, float, bool, Tensor | None]:  # fmt: skip
+    """Arguments of ``_memory_autograd.topk_scores`` for a call of :func:`topk_scores`, checked."""
     check.flag("sparse_grad", sparse_grad)
     check.floating("query", query)
     check.table("keys", keys, "D", "key_scales", key_scales)
@@ -112,8 +123,7 @@ def topk_scores(
     if mask is not None:
         mask = _slot_mask(mask, (*leading, keys.shape[0]), rows)
     flat = query.resolve_neg().reshape(rows, query.shape[-1])
-    scores, indices = _memory_autograd.topk_scores(flat, keys.resolve_neg(), mask, k, scale, sparse_grad, key_scales)
-    return scores.reshape(*leading, k), indices.reshape(*leading, k)
+    return flat, keys.resolve_neg(), mask, k, scale, sparse_grad, key_scales
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from attnfast import autograd
 from attnfast._additive import additive_attention
 from attnfast._gather import weighted_gather
 from attnfast._memory import topk_scores
@@ -116,25 +117,31 @@ def _picked_rows(
     if (real is torch.float64) is not (table.dtype is torch.float64):  # a store's, which has no gradient
         return _rows(table, scale, slots.clamp_min(0), real).masked_fill((slots < 0).unsqueeze(-1), 0.0)
     one = torch.ones(slots.numel(), 1, dtype=real, device=slots.device)
-    rows = weighted_gather(slots.reshape(-1, 1), one, table, scales=scale, sparse_grad=sparse_grad)
+    rows = weighted_gather(slots.reshape(slots.numel(), 1), one, table, scales=scale, sparse_grad=sparse_grad)
     return rows.reshape(*slots.shape, table.shape[1])
 
 
 # --- one hop --------------------------------------------------------------------------------------------------------
 
 
+def soft_call(
+    query: Tensor, keys: Tensor, values: Tensor, plan: Plan, mask: Tensor | None, weights: str
+) -> tuple[Any, tuple[Tensor, ...], dict[str, Any]]:
+    """The attention function that reads all slots, and its arguments."""
+    options: dict[str, Any] = {"normalizer": plan.normalizer, "mask": mask, "return_weights": weights or False}
+    if plan.score == "additive":
+        assert plan.score_weight is not None
+        arguments = (query, keys, values, plan.scale * plan.score_weight)
+        return additive_attention, arguments, options | {"score_bias": plan.score_bias}
+    return attention, (query, keys, values), options | {"score": plan.score, "scale": plan.scale}
+
+
 def _read_all(query: Tensor, tables: Tables, plan: Plan, mask: Tensor | None, weights: str) -> Picked:
     """Attention with one batch and one head: the queries are its rows, and the memory is not repeated for them."""
     keys = _rows(tables.keys, tables.key_scale, slice(None), query.dtype)
     values = _rows(tables.values, tables.value_scale, slice(None), query.dtype)
-    options: Any = {"normalizer": plan.normalizer, "mask": mask, "return_weights": weights or False}
-    if plan.score == "additive":
-        assert plan.score_weight is not None
-        result = additive_attention(
-            query, keys, values, plan.scale * plan.score_weight, score_bias=plan.score_bias, **options
-        )
-    else:
-        result = attention(query, keys, values, score=plan.score, scale=plan.scale, **options)
+    function, arguments, options = soft_call(query, keys, values, plan, mask, weights)
+    result = function(*arguments, **options)
     if isinstance(result, Tensor):
         return Picked(result, None, None, None)
     assert result.weights is not None
@@ -143,14 +150,19 @@ def _read_all(query: Tensor, tables: Tables, plan: Plan, mask: Tensor | None, we
     return Picked(result.output, None, None, result.weights.detach())
 
 
+def block_size(query: Tensor, keys: Tensor, plan: Plan, k: int) -> int:
+    """How many slots `select` prepares at a time."""
+    if plan.score == "additive":
+        return max(1, _BLOCK // max(1, keys.shape[1] * query.shape[0]))
+    return max(1, _BLOCK // max(1, keys.shape[1]), k)
+
+
 def select(query: Tensor, tables: Tables, plan: Plan, mask: Tensor | None, k: int) -> Tensor:
     """Slots ``[B, k]`` of the k largest scores, a block of prepared keys at a time."""
     real = real_dtype(query.dtype)
     query = query.to(real)
-    count, size = tables.keys.shape
-    block = max(1, _BLOCK // max(1, size), k)
-    if plan.score == "additive":
-        block = max(1, _BLOCK // max(1, size * query.shape[0]))
+    count = tables.keys.shape[0]
+    block = block_size(query, tables.keys, plan, k)
     prepared = query if plan.score == "additive" else _prepare_query(plan, query)
     best: tuple[Tensor, Tensor] | None = None
     for start in range(0, count, block):
@@ -188,7 +200,7 @@ def _read_picked(
     missing = indices < 0
     if scores is None:
         keys = _picked_rows(tables.keys, tables.key_scale, indices, real, plan.sparse_grad)
-        scores = _pair_scores(plan, query.to(real).unsqueeze(1), keys).masked_fill(missing, -torch.inf)
+        scores = _pair_scores(plan, query.to(real).unsqueeze(1), keys)
     weights = normalize(plan.normalizer, scores, ~missing, None, None, False).weights
     values, scales = tables.values, tables.value_scale
     if copy or (real is torch.float64) is not (values.dtype is torch.float64):
@@ -198,6 +210,11 @@ def _read_picked(
     return Picked(output.to(query.dtype), indices, weights, None)
 
 
+def scores_in_kernel(query: Tensor, tables: Tables, plan: Plan) -> bool:
+    """Whether `topk_scores` on the whole table gives the scores of a top-k read, gradients included."""
+    return plan.score == "dot" and real_dtype(tables.keys.dtype) is real_dtype(query.dtype)
+
+
 def _read_topk(query: Tensor, tables: Tables, plan: Plan, mask: Tensor | None, copy: bool) -> Picked:
     assert plan.topk is not None
     # Not min(): under torch.compile both may be symbols.
@@ -205,7 +222,7 @@ def _read_topk(query: Tensor, tables: Tables, plan: Plan, mask: Tensor | None, c
     scores: Tensor | None = None
     if k == 0:
         indices = torch.empty(query.shape[0], 0, dtype=torch.int64, device=query.device)
-    elif plan.score == "dot" and real_dtype(tables.keys.dtype) is real_dtype(query.dtype):
+    elif scores_in_kernel(query, tables, plan):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not copy):
             scores, indices = topk_scores(
                 query, tables.keys, k, scale=plan.scale, mask=mask, key_scales=tables.key_scale,
@@ -230,6 +247,18 @@ class Lists(NamedTuple):
     row: Tensor
 
 
+def packed_call(
+    query: Tensor, keys: Tensor, values: Tensor, plan: Plan, lists: Lists
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of the packed attention that reads the rows ``[nnz, ...]`` of whole lists."""
+    longest = int(lists.offsets.diff().max()) if query.shape[0] else 0
+    starts = torch.arange(query.shape[0] + 1, device=query.device)
+    arguments = (query.unsqueeze(1), keys.unsqueeze(1), values.unsqueeze(1), starts, lists.offsets, 1, longest)
+    # A packed key has one query, so the sum of its column is its weight.
+    options = {"score": plan.score, "scale": plan.scale, "normalizer": plan.normalizer, "return_weights": "column_sum"}
+    return arguments, options
+
+
 def _read_listed(query: Tensor, tables: Tables, plan: Plan, lists: Lists, copy: bool) -> Picked:
     if plan.topk is not None:
         return _read_picked(query, tables, plan, _select_listed(query, tables, plan, lists, plan.topk), None, copy)
@@ -251,20 +280,8 @@ def _read_listed(query: Tensor, tables: Tables, plan: Plan, lists: Lists, copy: 
         return Picked(
             torch.cat(outputs), lists.slots, torch.cat([w.squeeze(0) for w in weights if w is not None]), None
         )
-    longest = int(lists.offsets.diff().max()) if query.shape[0] else 0
-    result = varlen_attention(
-        query.unsqueeze(1),
-        keys.unsqueeze(1),
-        values.unsqueeze(1),
-        torch.arange(query.shape[0] + 1, device=query.device),
-        lists.offsets,
-        1,
-        longest,
-        score=plan.score,
-        scale=plan.scale,
-        normalizer=plan.normalizer,
-        return_weights="column_sum",  # a packed key has one query, so this is its weight
-    )
+    arguments, options = packed_call(query, keys, values, plan, lists)
+    result = varlen_attention(*arguments, **options)
     assert not isinstance(result, Tensor) and result.weights is not None
     return Picked(result.output.squeeze(1), lists.slots, result.weights.flatten(), None)
 
@@ -273,16 +290,16 @@ def _read_listed(query: Tensor, tables: Tables, plan: Plan, lists: Lists, copy: 
 def _select_listed(query: Tensor, tables: Tables, plan: Plan, lists: Lists, k: int) -> Tensor:
     """The k largest of each list, ``[B, k]``: sort all pairs by score, then by list."""
     real = real_dtype(query.dtype)
-    found = torch.full((query.shape[0], k), -1, dtype=torch.int64, device=query.device)
     keys = _rows(tables.keys, tables.key_scale, lists.slots, real)
     scores = _pair_scores(plan, query.to(real)[lists.row], keys)
     order = scores.sort(descending=True, stable=True).indices
     order = order[lists.row[order].sort(stable=True).indices]
     row = lists.row[order]
     place = torch.arange(row.shape[0], device=row.device) - lists.offsets[row]
-    kept = place < k
-    found[row[kept], place[kept]] = lists.slots[order][kept]
-    return found
+    # What is beyond the k-th goes to one more place, which is cut off: leaving it out is a shape that depends on data.
+    found = torch.full((query.shape[0] * (k + 1),), -1, dtype=torch.int64, device=query.device)
+    found = found.scatter(0, row * (k + 1) + place.clamp_max(k), lists.slots[order])
+    return found.view(query.shape[0], k + 1)[:, :k]
 
 
 # --- all hops -------------------------------------------------------------------------------------------------------
@@ -316,22 +333,34 @@ def read_tables(
         if number == plan.hops:
             break
         following = query + picked.output if plan.hop == "add" else picked.output
-        # One synchronisation a hop, and only if the caller wants to stop early.
-        if plan.eps > 0 and (not query.numel() or bool((following - query).detach().abs().max() <= plan.eps)):
+        if plan.eps > 0 and (not query.numel() or _at_rest(following, query, plan.eps)):
             break
         query = following
     return picked, number
 
 
-def count_usage(usage: Tensor, picked: Picked) -> None:
-    """Add one hop to ``usage [N]``: counts of picks if it is an integer tensor, sums of weights otherwise."""
+def _at_rest(following: Tensor, query: Tensor, eps: float) -> bool:
+    """One synchronisation a hop, and only if the caller wants to stop early."""
+    change = (following - query).detach().abs().max()
+    if autograd.is_mapped(change):
+        raise NotImplementedError(
+            "eps: under torch.vmap no sample can stop before the others; use eps=0, or one call with the samples in "
+            "the leading dimensions of query"
+        )
+    return bool(change <= eps)
+
+
+def count_usage(usage: Tensor, picked: Picked) -> Tensor:
+    """``usage [N]`` with one hop added: counts of picks if it is an integer tensor, sums of weights otherwise.
+
+    Nothing here has a shape that depends on data, nor is anything written in place: so it can be traced and mapped.
+    """
     if picked.column_sum is not None:
-        usage += picked.column_sum.to(usage.dtype)
-    elif picked.indices is not None:
-        assert picked.weights is not None
-        seen = picked.indices >= 0
-        slots = picked.indices[seen]
-        if usage.dtype is torch.int64:
-            usage.index_add_(0, slots, torch.ones_like(slots))
-        else:
-            usage.index_add_(0, slots, picked.weights.detach()[seen].to(usage.dtype))
+        return usage + picked.column_sum.to(usage.dtype)
+    if picked.indices is None or usage.shape[0] == 0:
+        return usage
+    assert picked.weights is not None
+    counted = picked.indices >= 0 if usage.dtype is torch.int64 else picked.weights.detach()
+    share = counted.to(usage.dtype)
+    # A pick of nothing has weight 0.
+    return usage.index_add(0, picked.indices.clamp_min(0).flatten(), share.flatten())

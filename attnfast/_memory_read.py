@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attnfast import _validate as check
+from attnfast import autograd
 from attnfast._memory_hops import Lists, Picked, Plan, Tables, count_usage, read_tables
 from attnfast._memory_ops import MAX_COUNT
 from attnfast.reference import MemoryReadOutput
@@ -95,7 +96,8 @@ def memory_read(
     TypeError
         Arguments of the wrong kind or dtype.
     NotImplementedError
-        Sparse gradients under torch.compile, ``torch.func`` transforms or ``create_graph=True``.
+        Sparse gradients under torch.compile, ``torch.func`` transforms or ``create_graph=True``. Under ``torch.vmap``:
+        `eps`, lists or a mask of lists that are mapped; and a sparse gradient.
 
     Notes
     -----
@@ -115,6 +117,77 @@ def memory_read(
     >>> attnfast.memory_read(query, keys, values, topk=8).shape
     torch.Size([4, 32])
     """
+    flat, plan, seen, lists = memory_call(
+        query,
+        keys,
+        values,
+        topk=topk,
+        score=score,
+        scale=scale,
+        normalizer=normalizer,
+        mask=mask,
+        candidates=candidates,
+        hops=hops,
+        hop=hop,
+        eps=eps,
+        sparse_grad=sparse_grad,
+        return_aux=return_aux,
+    )
+    slots, leading = keys.shape[0], query.shape[:-1]
+    usage = torch.zeros(
+        slots,
+        dtype=torch.int64 if plan.topk is not None else torch.float32,
+        device=query.device,
+    )
+
+    def observe(picked: Picked) -> None:
+        nonlocal usage
+        if return_aux:
+            usage = count_usage(usage, picked)
+
+    picked, _ = read_tables(
+        flat,
+        Tables(keys, values),
+        plan,
+        seen,
+        lists,
+        copy=False,
+        soft_weights="full" if return_aux else "",
+        observe=observe,
+    )
+    output = picked.output.reshape(*leading, values.shape[1])
+    if not return_aux:
+        return output
+    return MemoryReadOutput(output, *shaped(picked, leading, listed=lists is not None and plan.topk is None), usage)
+
+
+def shaped(picked: Picked, leading: Sequence[int], listed: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Indices and weights with the query's leading dimensions; those of whole lists stay as they are."""
+    if listed:
+        return picked.indices, picked.weights
+    both = (picked.indices, picked.weights)
+    indices, weights = (None if x is None else x.reshape(*leading, x.shape[-1]) for x in both)
+    return indices, weights
+
+
+def memory_call(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    topk: int | None = None,
+    score: str | tuple[Any, ...] = "dot",
+    scale: float = 1.0,
+    normalizer: str = "softmax",
+    mask: Tensor | None = None,
+    candidates: tuple[Tensor, Tensor] | None = None,
+    hops: int = 1,
+    hop: str = "add",
+    eps: float = 0.0,
+    sparse_grad: bool = False,
+    return_aux: bool = False,
+) -> tuple[Tensor, Plan, Tensor | None, Lists | None]:
+    """Queries ``[Q, D]``, how to read, mask and lists of a call of :func:`memory_read`, checked."""
     check_tables(query, keys, values)
     slots = keys.shape[0]
     plan = make_plan(
@@ -140,39 +213,7 @@ def memory_read(
     if candidates is not None:
         lists = make_lists(candidates, flat.shape[0], slots, seen)
         seen = None
-    usage = torch.zeros(
-        slots,
-        dtype=torch.int64 if plan.topk is not None else torch.float32,
-        device=query.device,
-    )
-
-    def observe(picked: Picked) -> None:
-        if return_aux:
-            count_usage(usage, picked)
-
-    picked, _ = read_tables(
-        flat,
-        Tables(keys, values),
-        plan,
-        seen,
-        lists,
-        copy=False,
-        soft_weights="full" if return_aux else "",
-        observe=observe,
-    )
-    output = picked.output.reshape(*leading, values.shape[1])
-    if not return_aux:
-        return output
-    return MemoryReadOutput(output, *shaped(picked, leading, listed=lists is not None and plan.topk is None), usage)
-
-
-def shaped(picked: Picked, leading: Sequence[int], listed: bool) -> tuple[Tensor | None, Tensor | None]:
-    """Indices and weights with the query's leading dimensions; those of whole lists stay as they are."""
-    if listed:
-        return picked.indices, picked.weights
-    both = (picked.indices, picked.weights)
-    indices, weights = (None if x is None else x.reshape(*leading, x.shape[-1]) for x in both)
-    return indices, weights
+    return flat, plan, seen, lists
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------
@@ -290,6 +331,11 @@ def make_lists(candidates: Any, queries: int, slots: int, mask: Tensor | None) -
         check.integers(name, x)
         if x.dim() != 1:
             raise ValueError(f"{name}: expected one dimension, got {check.shape_text(x.shape)}")
+    if autograd.is_mapped(offsets) or autograd.is_mapped(found) or (mask is not None and autograd.is_mapped(mask)):
+        raise NotImplementedError(
+            "candidates: under torch.vmap all samples share the lists and their mask; for lists of their own make one "
+            "call with the samples in the leading dimensions of query"
+        )
     offsets, found = offsets.long(), found.long()
     if offsets.shape[0] != queries + 1:
         raise ValueError(f"candidates' offsets: expected [Q + 1] = [{queries + 1}], got [{offsets.shape[0]}]")

@@ -167,6 +167,16 @@ def functorch_differentiates() -> bool:
     return _functorch_active() and "Grad" in _functorch_kinds()
 
 
+def is_mapped(x: Tensor) -> bool:
+    """Whether a ``torch.vmap`` that is active maps this tensor, so that it cannot be looked at."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
+
+
 def _functorch_kinds() -> list[str]:
     """The active functorch transforms, outermost first: "Vmap", "Grad", "Jvp", "Functionalize"."""
     stack = torch._C._functorch.get_interpreter_stack() or []

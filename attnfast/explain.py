@@ -1,32 +1,26 @@
-"""``explain``: which kernel a call would take, and why not a faster one.
+"""``explain``: which kernel a call would take, and why not a faster one. The memory functions: `_explain_memory`.
 
 The call is checked and prepared exactly as a real one; then the layers below are asked: ``autograd.plan`` for the route
-and the binary for the kernel. No rule is written a second time here.
+and the binary for the kernel. One rule is written a second time, because where it counts there is no time for a call:
+which plain calls go past the preparation (`_keeps_no_lse`).
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attnfast import _additive, _prepare, autograd, functional, ops, reference
+from attnfast import _additive, _explain_memory, _prepare, autograd, functional, ops, reference
+from attnfast import _explain_text as text
 from attnfast._ext import _C
 from attnfast._normalized import is_normalized
 from attnfast.ops import DotAttentionOptions
 
 _WEIGHTS = {1: "the full weights", 2: "the weights' column sums", 3: "the weights' row maxima"}
-_ROUTES = {
-    "kernel": "the kernel is called directly (no gradient wanted)",
-    "function": "the kernel runs inside an autograd.Function; the backward kernel gives the gradients",
-    "operator": "the same kernels run through torch.ops.attnfast, for torch.compile, export, dispatch modes, tensor "
-    "subclasses, vmap or torch.func.grad",
-    "reference": "plain PyTorch (attnfast.reference), O(T_q T_k) memory: forward-mode AD or a functorch transform of "
-    "second order is active, and the kernels have no forward-mode derivative; first- and second-order reverse mode "
-    "(torch.autograd.grad) use the kernels",
-}
 
 
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
@@ -35,7 +29,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     Parameters
     ----------
     fn : callable
-        A public attention function of attnfast (or of ``attnfast.reference``).
+        A public attention or memory function of attnfast (or of ``attnfast.reference``).
     *args, **kwargs
         Its arguments, checked as in a real call and with the same errors.
 
@@ -43,7 +37,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     -------
     str
         A few lines: function and shapes, route, kernel with ISA and arithmetic, and what keeps the call from a faster
-        kernel.
+        kernel. What a call is made of (:func:`attnfast.memory_read`, :func:`attnfast.product_key_read`) is indented.
 
     Raises
     ------
@@ -69,8 +63,12 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     }
     prepare = known.get(fn)
     additive = fn in (_additive.additive_attention, reference.additive_attention)
+    memory = _explain_memory.FUNCTIONS.get(fn)
+    if memory is not None:
+        return "\n".join(memory(fn, explain, args, kwargs))
     if prepare is None and not additive:
-        names = ", ".join(name for name in (*functional.__all__, "additive_attention") if not name.endswith("Output"))
+        public = (*functional.__all__, "additive_attention", *_explain_memory.NAMES)
+        names = ", ".join(name for name in public if not name.endswith("Output"))
         raise TypeError(f"fn: expected one of attnfast's functions {names}, got {getattr(fn, '__name__', fn)!r}")
     with torch.random.fork_rng(devices=[]):  # preparing a call draws its dropout seed
         vectors: list[Any] = []
@@ -86,10 +84,10 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     if is_normalized(call.normalizer, call.prior):
         return "\n".join([*lines, *_normalized(call)])
     route = autograd.plan(*tensors, *(x for x in vectors if x is not None))
-    lines.append(f"route: {route}, {_ROUTES[route]}")
+    lines.append(text.route_line(route, "O(T_q T_k) memory"))
     if route == "reference":
         return "\n".join([*lines, "kernel: none"])
-    need_lse = return_lse or options.weights_mode != 0 or route != "kernel"
+    need_lse = return_lse or options.weights_mode != 0 or (route != "kernel" and not _keeps_no_lse(fn, args, kwargs))
     lines += _kernel(tensors, options, need_lse, additive)
     lines += _preparation(kwargs.get("score", "scaled_dot"))
     return "\n".join(lines)
@@ -98,9 +96,9 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
 def _headline(fn: Callable[..., Any], call: _prepare.Call) -> str:
     query, key, value, *_ = call.arguments
     options = call.arguments[6]
-    shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in (("query", query), ("key", key), ("value", value)))
+    shapes = text.shapes(query=query, key=key, value=value)
     packed = "" if options.cu_seqlens_q is None else f", {options.cu_seqlens_q.shape[0] - 1} packed sequences"
-    return f"{fn.__name__}: {shapes}, {str(call.dtype).removeprefix('torch.')}{packed}"
+    return f"{fn.__name__}: {shapes}, {text.dtype_name(call.dtype)}{packed}"
 
 
 def _normalized(call: _prepare.Call) -> list[str]:
@@ -114,11 +112,9 @@ def _normalized(call: _prepare.Call) -> list[str]:
 
 def _kernel(tensors: list[Any], options: DotAttentionOptions, need_lse: bool, additive: bool) -> list[str]:
     query, key, value, bias, bias2, sink, center = tensors
-    dtype = str(query.dtype).removeprefix("torch.")
-    real = str(reference.real_dtype(query.dtype)).removeprefix("torch.")
-    arithmetic = f"{dtype} widened to {real}" if dtype != real else f"{real} arithmetic"
-    if not all(_is_readable(x) for x in (*tensors, *options[: ops.N_OPTION_TENSORS])):
-        return [f"kernel: chosen when real tensors arrive (these carry none); ISA {_C.get_isa()}, {arithmetic}"]
+    arithmetic = text.arithmetic(query.dtype)
+    if not all(text.is_readable(x) for x in (*tensors, *options[: ops.N_OPTION_TENSORS])):
+        return [f"kernel: chosen when real tensors arrive (these carry none); ISA {text.isa()}, {arithmetic}"]
     shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     mask, bias, bias2 = (None if x is None else x.expand(shape) for x in (options.mask, bias, bias2))
     alibi = options.alibi_slopes
@@ -136,31 +132,40 @@ def _kernel(tensors: list[Any], options: DotAttentionOptions, need_lse: bool, ad
     name = "decode kernel (streams keys and values once)" if obstacle is None else "tile kernel"
     if options.cu_seqlens_q is not None:
         name = "tile kernel over packed sequences"
-    if obstacle is not None and not additive and query.dtype == torch.bfloat16 and _C.get_isa() == "avx512_bf16":
+    if obstacle is not None and not additive and query.dtype == torch.bfloat16 and text.isa() == "avx512_bf16":
         arithmetic = "products of bfloat16, sums in float32"
-    lines = [f"kernel: {name}, ISA {_C.get_isa()}, {arithmetic}"]
+    lines = [f"kernel: {name}, ISA {text.isa()}, {arithmetic}"]
     if obstacle is not None:
         lines.append(f"not the decode kernel: {obstacle}")
     if options.weights_mode:
         lines.append(f"second pass: writes {_WEIGHTS[options.weights_mode]}, recomputing the scores")
-    isas = _C.available_isas()
-    faster = isas[isas.index(_C.get_isa()) + 1 :]
-    missing = [isa for isa in _C.compiled_isas() if isa not in isas]
-    if faster:
-        lines.append(f"not ISA {', '.join(faster)}: a lower one was chosen (ATTNFAST_ISA or set_isa)")
-    if missing:
-        absent = ", ".join(name for name, present in _C.cpu_features().items() if not present)
-        lines.append(f"not ISA {', '.join(missing)}: this machine lacks {absent}")
-    return lines
+    return lines + text.isa_lines()
+
+
+def _keeps_no_lse(fn: Callable[..., Any], args: Any, kwargs: Any) -> bool:
+    """Whether a call that records a gradient is one of ``autograd.WholeRowFunction``, whose forward wants no lse.
+
+    That is a plain call of few keys: what the heads of the two functions in `functional` let through.
+    """
+    if fn not in (functional.attention, functional.scaled_dot_product_attention):
+        return False
+    signature = inspect.signature(fn)
+    given = signature.bind(*args, **kwargs).arguments
+    free = {"query", "key", "value", "causal"}
+    if fn is functional.scaled_dot_product_attention:
+        free = {"query", "key", "value", "is_causal", "scale", "enable_gqa"}
+    for name, x in given.items():
+        default = signature.parameters[name].default
+        if name not in free and x is not default and not (type(x) in (int, float, str) and x == default):
+            return False
+    if torch.compiler.is_compiling() or type(given.get("scale", 1.0)) not in (float, type(None)):
+        return False
+    query, key, value = (given[name] for name in ("query", "key", "value"))
+    return bool(ops.ordinary_call(query, key, value) < 0 and key.shape[2] <= ops.WHOLE_ROW_KEYS)
 
 
 def _detached(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.detach()
-
-
-def _is_readable(x: Tensor | None) -> bool:
-    """Whether the binary can look at this tensor: not fake, not a functorch wrapper, no subclass."""
-    return x is None or (type(x) in (Tensor, torch.nn.Parameter) and torch.func.debug_unwrap(x) is x)
 
 
 def _preparation(score: str) -> list[str]:

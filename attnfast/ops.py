@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from attnfast._cuda_ops import dot_attention_fwd as cuda_dot_attention_fwd
-from attnfast._ext import _C, has_cuda
+from attnfast._ext import _C, cuda_binary, has_cuda
 from attnfast._options import (
     N_OPTION_TENSORS,
     WEIGHTS_COLUMN_SUM,

@@ -187,6 +187,81 @@ def test_explain_refuses_a_wrong_call(arguments: list[str], message: str, capsys
     assert "Traceback" not in error
 
 
+MEMORY_CALLS: dict[str, tuple[list[str], Any]] = {
+    "topk_scores": (
+        ["--queries", "3", "--slots", "50", "--size", "8", "--topk", "5", "--mask", "--dtype", "bfloat16"],
+        lambda: attnfast.explain(
+            attnfast.topk_scores, torch.zeros(3, 8).bfloat16(), torch.zeros(50, 8).bfloat16(), 5,
+            mask=torch.ones(50, dtype=torch.bool),
+        ),
+    ),
+    "weighted_gather": (
+        ["--queries", "3", "--slots", "50", "--value-size", "8", "--topk", "5", "--sparse-grad", "--grad"],
+        lambda: attnfast.explain(
+            attnfast.weighted_gather, torch.zeros(3, 5).long(), torch.zeros(3, 5, requires_grad=True),
+            torch.zeros(50, 8, requires_grad=True), sparse_grad=True,
+        ),
+    ),
+    "memory_read": (
+        ["--queries", "3", "--slots", "50", "--size", "8", "--value-size", "6", "--score", "additive", "--topk", "4"],
+        lambda: attnfast.explain(
+            attnfast.memory_read, torch.zeros(3, 8), torch.zeros(50, 8), torch.zeros(50, 6), topk=4,
+            score=("additive", torch.zeros(8)),
+        ),
+    ),
+    "product_key_read": (
+        ["--queries", "3", "--slots", "49", "--size", "8", "--value-size", "6", "--topk", "9", "--heads", "2"],
+        lambda: attnfast.explain(
+            attnfast.product_key_read, torch.zeros(3, 2, 2, 4), torch.zeros(2, 7, 4), torch.zeros(2, 7, 4),
+            torch.zeros(49, 6), 9,
+        ),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MEMORY_CALLS)
+def test_explain_of_memory_functions(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options, expected = MEMORY_CALLS[name]
+    assert cli.main(["explain", "--memory", name, *options]) == 0
+    assert capsys.readouterr().out.strip() == expected().strip()
+    assert cli.main(["explain", "--memory", name, *options, "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["function"] == name and data["explanation"] == expected()
+    assert cli.main(["explain", "--memory", name]) == 0, "the defaults are a right call"
+
+
+def test_explain_of_candidates(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["explain", "--memory", "memory_read", "--queries", "6", "--candidates", "7", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["shapes"]["values"] == [65536, 64]
+    assert "the rows of 42 candidates are copied" in data["explanation"] and "6 packed" in data["explanation"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--topk", "3"], "--topk is an option of the memory functions (--memory NAME)"),
+        (["--memory", "memory_read", "--causal", "top_left"], "--causal is not an option of memory_read"),
+        (["--memory", "topk_scores", "--value-size", "3"], "--value-size is not an option of topk_scores"),
+        (["--memory", "topk_scores", "--topk", "-3"], "a size is negative"),
+        (["--memory", "topk_scores", "--slots", "9", "--topk", "10"], "k: expected an integer from 0"),
+        (["--memory", "memory_read", "--score", "manhattan"], "score: expected one of"),
+        (["--memory", "memory_read", "--candidates", "70000"], "--candidates takes 0 to N = 65536, got 70000"),
+        (["--memory", "product_key_read", "--slots", "50"], "--slots a square"),
+        (["--memory", "no_such_read"], "invalid choice"),
+    ],
+)
+def test_explain_refuses_a_wrong_memory_call(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        status = cli.main(["explain", *arguments])
+    except SystemExit as stop:
+        status = int(str(stop.code))
+    error = capsys.readouterr().err
+    assert status == 2 and message in error and "Traceback" not in error
+
+
 # ---------------------------------------------------------------------- gradcheck
 
 
@@ -217,6 +292,48 @@ def test_gradcheck_covers_every_differentiable_argument() -> None:
     names = set(gradcheck.checks())
     assert {"bias", "sink", "lse", "weights", "column sums", "row maximum", "varlen", "grouped heads"} <= names
     assert {f"score {score}" for score in ("dot", "cosine", "l2")} <= names
+
+
+def test_gradcheck_covers_memory() -> None:
+    names = set(gradcheck.checks())
+    assert {"topk_scores", "weighted_gather", "product_key_read"} <= names
+    for kind in ("mask", "candidates", "3 hops", "topk", "topk cosine", "topk additive", "topk candidates"):
+        assert f"memory_read, {kind}" in names
+    for network in ("NTMHead", "KeyValueMemory", "EndToEndMemory", "MemoryNetwork", "ProductKeyMemory"):
+        assert any(name.startswith(network) for name in names), network
+
+
+@pytest.mark.parametrize("only", ["topk_scores", "weighted_gather", "memory_read, topk l2", "KeyValue", "EndToEnd"])
+def test_gradcheck_of_memory_passes(only: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["gradcheck", "--only", only]) == 0
+    assert "1 of 1 right" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["topk_scores", "weighted_gather", "memory_read", "product_key_read"])
+def test_gradcheck_finds_a_wrong_derivative_of_memory(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = getattr(attnfast, name)
+
+    def wrong(*arguments: Any, **options: Any) -> Any:
+        lost = [x.detach() if torch.is_tensor(x) else x for x in arguments[1:]]
+        return real(arguments[0], *lost, **options)
+
+    monkeypatch.setattr(attnfast, name, wrong)
+    row = name + (", topk cosine" if name == "memory_read" else "")
+    assert cli.main(["gradcheck", "--only", row]) == 1
+    assert f"wrong: {row}" in capsys.readouterr().out
+
+
+def test_gradcheck_finds_a_wrong_derivative_of_a_network(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = attnfast.nn.KeyValueMemory.forward
+    monkeypatch.setattr(
+        attnfast.nn.KeyValueMemory, "forward", lambda self, x, keys, values: real(self, x, keys.detach(), values)
+    )
+    assert cli.main(["gradcheck", "--only", "KeyValueMemory"]) == 1
+    assert "wrong: KeyValueMemory" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------- bench and plot

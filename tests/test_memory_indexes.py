@@ -242,6 +242,58 @@ def test_recall_grows_with_probes(dtype: torch.dtype) -> None:
     assert 0 < recalls[0] < recalls[1] < recalls[2] == 1.0
 
 
+# One key for each cluster, of which each score calls another one the best for the query (1, 0.9).
+APART = torch.tensor([[10.0, 0.0], [3.0, 2.7], [0.5, 0.1]])
+BEST = {"dot": 0, "cosine": 1, "l2": 2}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("score", BEST)
+def test_queries_go_by_the_score_and_keys_by_distance(backend: str, score: str) -> None:
+    store = MemoryStore(8, 2, 3)
+    store.write(APART, torch.randn(3, 3))
+    index, query = ClusterIndex(store, 3, score=score, backend=backend), torch.tensor([[1.0, 0.9]])
+    index.fit()
+    assert lists(index.candidates(query)) == [[BEST[score]]]
+    assert index.recall(query, 1) == 1.0, "recall goes by the score as well"
+    two = ClusterIndex(store, 3, probes=2, score=score, backend=backend)
+    two.fit()
+    order = {"dot": [0, 1], "cosine": [1, 2], "l2": [1, 2]}[score]
+    assert lists(two.candidates(query)) == [order]
+    # A key near the third; its product with the first is larger.
+    index.add(store.write(torch.tensor([[0.6, 0.13]]), torch.randn(1, 3)))
+    for (found,), own in zip([lists(index.candidates(key)) for key in _asks(score)], [[0], [1], [2, 3]]):
+        assert found == own
+
+
+def _asks(score: str) -> list[Tensor]:
+    """Queries to which the centroids of the three keys are nearest, one after the other."""
+    if score == "dot":
+        return [torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]), torch.tensor([[-1.0, -1.0]])]
+    return [APART[i : i + 1] for i in range(3)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("score", ["dot", "cosine"])
+def test_the_seed_is_that_of_the_kmeans(backend: str, score: str) -> None:
+    """Keys without clusters, so that seeds find different ones."""
+    store = filled(200, 200, 6)
+    keys = torch.nn.functional.normalize(store.keys, dim=-1) if score == "cosine" else store.keys
+    found = {}
+    for seed in (0, 1, 2):
+        index = ClusterIndex(store, 9, score=score, backend=backend, seed=seed)
+        index.fit()
+        found[seed] = index.centroids
+        assert torch.equal(index.centroids, kmeans(keys, 9, backend=backend, seed=seed))
+    default = ClusterIndex(store, 9, score=score, backend=backend)
+    default.fit()
+    assert torch.equal(default.centroids, found[0])
+    if backend == "sklearn":
+        assert not torch.equal(found[0], found[1]) and not torch.equal(found[1], found[2])
+    else:
+        assert any(not torch.equal(found[0], found[seed]) for seed in (1, 2))
+
+
 def test_empty_clusters_fall_back_to_all() -> None:
     store = MemoryStore(60, 4, 3)
     store.write(blobs(40, CENTERS)[0], torch.randn(40, 3))

@@ -767,3 +767,34 @@ def test_int8_takes_finite_rows_only(bad: float, where: str) -> None:
     with pytest.raises(ValueError, match=f"{where}: a store of int8 takes finite numbers only"):
         store.update(torch.tensor([0, 1]), **{where: both[where]})
     assert_same(store, before)
+
+
+@pytest.mark.parametrize("where", ["keys", "values"])
+@pytest.mark.parametrize("score", ["dot", "l2", "cosine"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_missing_pick_takes_nothing_from_any_slot(dtype: torch.dtype, score: str, where: str) -> None:
+    """Lists shorter than topk: what is missing stands at -1, and no row is read in its place, not even one of NaN.
+
+    Of a query in float64 and a store in float32 rows are copied by another way than of equal dtypes.
+    """
+    store = MemoryStore(4, 2, 3, dtype=torch.float32)
+    rows = {"keys": torch.randn(4, 2), "values": torch.randn(4, 3)}
+    for bad in (0, 3):
+        rows[where][bad] = torch.nan
+    store.write(**rows)
+    query = torch.randn(2, 2, dtype=dtype, requires_grad=True)
+    lists = torch.tensor([0, 1, 3]), torch.tensor([2, 1, 2])
+    for normalizer in ("softmax", "sigmoid", "none"):
+        given = {"candidates": lists, "score": score, "normalizer": normalizer}
+        long = store.read(query, 4, return_aux=True, **given)
+        assert long.indices[0].tolist() == [2, -1, -1, -1] and sorted(long.indices[1].tolist()) == [-1, -1, 1, 2]
+        assert long.weights[long.indices < 0].eq(0).all() and long.usage.tolist() == [0, 1, 2, 0]
+        for row, k in ((0, 1), (1, 2)):
+            own = lists[1][lists[0][row] : lists[0][row + 1]]
+            alone = torch.tensor([0, len(own)]), own
+            exact = store.read(query[row : row + 1], k, **{**given, "candidates": alone})
+            torch.testing.assert_close(long.output[row : row + 1], exact)
+        (grad,) = torch.autograd.grad(long.output.square().sum(), query)
+        assert grad.isfinite().all() and (normalizer == "softmax" or grad.any())
+        with torch.no_grad():
+            torch.testing.assert_close(store.read(query, 4, **given), long.output)

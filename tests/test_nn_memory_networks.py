@@ -185,6 +185,62 @@ def test_with_times_facts_win_a_tournament(name: str) -> None:
     assert differs > 10, "the times decide nothing"
 
 
+def test_time_is_when_a_slot_was_written_and_not_where_it_lies() -> None:
+    """A memory whose oldest slots were written over, and three facts: x is as old as the last one found."""
+    output = loud(OutputMap(V, SIZE, supports=3, times=True))
+    with torch.no_grad():
+        output.score.times.mul_(3)
+    times, words = [7, 8, 3, 4, 5, 6], texts(120, N, J, seed=2)
+    # Without samples that hold the same words twice: there rounding would decide.
+    words = words[[len({tuple(sorted(m)) for m in sample}) == N for sample in words.tolist()]]
+    batch = len(words)
+    assert batch > 30
+    question = texts(batch, J, seed=1)
+    memory = Memory(text(words), torch.tensor(times).expand(batch, -1))
+    places, _ = output(text(question), memory)
+    true, false = places.flip(1), (places.flip(1) + 1) % N
+    losses, moves = output.loss(text(question), memory, true, false), 0
+    for b in range(batch):
+        slots = [(words[b, i].tolist(), times[i]) for i in range(N)]
+        asked, facts, found = 9, [], []
+        for _ in range(3):
+            t = 0
+            for i in range(1, N):
+                if preference(output.score, question[b].tolist(), facts, slots[t], slots[i], asked) < 0:
+                    t = i
+            found.append(t)
+            facts.append(slots[t][0])
+            asked = times[t]
+        assert places[b].tolist() == found
+        moves += found[0] != found[1]
+        asked, facts, total = 9, [], torch.zeros((), dtype=F64)
+        for o, f in zip(true[b].tolist(), false[b].tolist(), strict=True):
+            given = output.score, question[b].tolist(), facts
+            total = total + (output.margin - preference(*given, slots[o], slots[f], asked)).clamp(min=0)
+            total = total + (output.margin + preference(*given, slots[f], slots[o], asked)).clamp(min=0)
+            facts.append(slots[o][0])
+            asked = times[o]
+        torch.testing.assert_close(losses[b], total)
+    assert moves > 10
+
+
+def test_slots_that_hold_nothing_are_no_facts() -> None:
+    output = loud(OutputMap(V, SIZE, supports=2, times=True))
+    times = torch.tensor([-1, -1, 2, 3, -1, 4])
+    memory = Memory(text(texts(60, N, J, seed=2)), times.expand(60, -1))
+    places, _ = output(text(texts(60, J, seed=1)), memory)
+    assert set(places.flatten().tolist()) == {2, 3, 5}
+
+
+def test_a_draw_of_the_tournament_changes_nothing() -> None:
+    """Slot 0 is the newest of equal texts, so no feature tells it from the others: it stays."""
+    output = loud(OutputMap(V, SIZE, supports=1, times=True))
+    same = texts(1, J, seed=2)
+    memory = Memory(text(same.expand(20, 3, J)), torch.tensor([5, 3, 4]).expand(20, -1))
+    places, _ = output(text(texts(20, J, seed=1)), memory)
+    assert places.eq(0).all()
+
+
 @pytest.mark.parametrize("times", [False, True])
 def test_loss_of_the_facts(times: bool) -> None:
     output = loud(OutputMap(V, SIZE, supports=2, times=times, margin=0.5))
@@ -332,6 +388,17 @@ def test_an_rnn_writes_sentences() -> None:
     assert_gradients(module, lambda: module.loss(*given, answer).sum())
 
 
+def test_an_rnn_reads_one_word() -> None:
+    """No padding is read after it, nor a word that is not known."""
+    module = loud(RNNResponse(V, SIZE), 2.0)
+    one, answer = torch.tensor([[4, 0, 0], [0, V + 1, 5]]), torch.tensor([[3, 2], [6, 0]])
+    got = module.loss(text(one), [text(torch.tensor([[0], [V]]))], answer)
+    for b, word in enumerate((4, 5)):
+        words = [w for w in answer[b].tolist() if w] + [1]
+        terms = [next_word_by_hand(module, [[word]], words[:i])[w] for i, w in enumerate(words)]
+        torch.testing.assert_close(got[b], -sum(terms))
+
+
 # --- I, G, words without an embedding, segmenter ---------------------------------------------------------------------
 
 
@@ -354,6 +421,10 @@ def test_generalization_writes_into_the_next_slot() -> None:
     assert memory.text.words.tolist() == [[[6, 7], [3, 0], [4, 5]], [[2, 0], [3, 3], [0, 0]]]
     assert memory.times.tolist() == [[3, 1, 2], [0, 1, -1]]
     assert memory.text.known.tolist()[1] == [[True, False], [True, True], [False, False]]
+    memory = write(memory, read(torch.tensor([[1, 1], [4, 4]])))
+    memory = write(memory, read(torch.tensor([[2, 2], [5, 5]])))
+    assert memory.text.words.tolist() == [[[6, 7], [1, 1], [2, 2]], [[5, 5], [3, 3], [4, 4]]]
+    assert memory.times.tolist() == [[3, 4, 5], [3, 1, 2]]
     story = texts(B, N, J, seed=2)
     story[1, 4:] = 0
     network = MemoryNetwork(V, SIZE, slots=N)
@@ -370,8 +441,9 @@ def test_contexts_remember_neighbours() -> None:
     assert module.left[0].eq(0).all() and module.right[2].eq(0).all()
 
 
-def test_segmenter_cuts_where_the_score_is_high() -> None:
-    module = loud(WordSegmenter(V, SIZE, threshold=0.6))
+@pytest.mark.parametrize("threshold", [0.6, -0.4])
+def test_segmenter_cuts_where_the_score_is_high(threshold: float) -> None:
+    module = loud(WordSegmenter(V, SIZE, threshold=threshold))
     stream = texts(B, 12, seed=6)
     got, cuts = module(stream), 0
     for b in range(B):
@@ -381,13 +453,13 @@ def test_segmenter_cuts_where_the_score_is_high() -> None:
             phi = torch.zeros(V, dtype=F64)
             for w in current:
                 phi[w] += w != 0
-            end = bool(module.weight @ module.embedding.t() @ phi > 0.6) and word != 0
+            end = bool(module.weight @ module.embedding.t() @ phi > threshold) and word != 0
             assert got[b, t] == end
             if end:
                 current, cuts = [], cuts + 1
     assert cuts > 3
     segments, others = texts(3, J, seed=7), texts(2, J, seed=8)
-    terms = [0.6 - module.score(segments), 0.6 + module.score(others)]
+    terms = [threshold - module.score(segments), threshold + module.score(others)]
     torch.testing.assert_close(module.loss(segments, others), sum(x.clamp(min=0).sum() for x in terms))
     module.threshold = 50.0
     assert_gradients(module, lambda: module.loss(segments, others))
@@ -451,8 +523,24 @@ def test_parts_can_be_replaced() -> None:
     assert network.input_map.vocabulary == V and isinstance(network.generalization, Generalization)
 
 
+def test_what_the_network_is_told_reaches_its_parts() -> None:
+    contexts = bags()
+    network = MemoryNetwork(
+        V, SIZE, slots=7, supports=3, margin=0.7, hide=0.25, contexts=contexts, times=True, matches=True, mixed=0.3
+    )
+    read, write, output, response = network.input_map, network.generalization, network.output_map, network.response
+    assert (read.vocabulary, read.hide, write.slots, output.supports) == (V, 0.25, 7, 3)
+    assert output.score.times is not None and response.score.times is None
+    for part in (output, response):
+        assert (part.margin, part.score.mixed, part.score.vocabulary, part.score.size) == (0.7, 0.3, V, SIZE)
+        assert part.score.contexts is contexts and part.score.matches is not None
+    assert output.score.words is not response.score.words
+    plain = MemoryNetwork(V, SIZE)
+    assert plain.output_map.score.times is plain.output_map.score.matches is plain.response.score.matches is None
+
+
 def test_whole_loss_is_the_sum_of_its_parts_and_the_seed_decides() -> None:
-    network = loud(MemoryNetwork(V, SIZE, slots=N, supports=2))
+    network = loud(MemoryNetwork(V, SIZE, slots=N, supports=2, matches=True))  # the order of the facts counts
     story, question = texts(B, N, J, seed=1), texts(B, J, seed=2)
     places, answer = torch.tensor([[0, 1], [2, 3], [4, 5], [1, 1]]), torch.tensor([1, 2, 3, 4])
     torch.manual_seed(6)

@@ -11,6 +11,7 @@ import torch
 import attnfast
 
 from . import CommandError
+from ._memory_calls import FUNCTIONS, memory_call
 
 _DTYPES = {
     "float64": torch.float64,
@@ -43,7 +44,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "explain",
         help="which kernel a call would take",
         description="Name the kernel that a call of this shape with these options would take, and why not a faster "
-        "one. The tensors are made up; use attnfast.explain(function, ...) for your own.",
+        "one: a call of attention, or with --memory one of a memory function. The tensors are made up; use "
+        "attnfast.explain(function, ...) for your own.",
     )
     parser.add_argument(
         "--shape", type=_sizes, default=(1, 8, 512, 64), metavar="B,H,T_q,D", help="default: 1,8,512,64"
@@ -63,53 +65,71 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--grad", action="store_true", help="with gradients")
     parser.add_argument("--torch-signature", action="store_true", help="ask about scaled_dot_product_attention instead")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.set_defaults(run=run)
+    memory = parser.add_argument_group("memory functions (with --value-size, --dtype, --score, --mask, --grad)")
+    memory.add_argument("--memory", choices=FUNCTIONS, metavar="NAME", help=", ".join(FUNCTIONS))
+    memory.add_argument("--queries", type=int, default=32, metavar="Q", help="default: 32")
+    memory.add_argument("--slots", type=int, default=65536, metavar="N", help="default: 65536")
+    memory.add_argument("--size", type=int, default=64, metavar="D", help="of a key (default: 64)")
+    memory.add_argument("--topk", type=int, metavar="K", help="default: 32; memory_read: all slots")
+    memory.add_argument("--heads", type=int, default=4, metavar="H", help="of product keys (default: 4)")
+    memory.add_argument("--candidates", type=int, metavar="M", help="lists of M slots for memory_read")
+    memory.add_argument("--sparse-grad", action="store_true", help="a sparse gradient of the values")
+    parser.set_defaults(run=run, default_of=parser.get_default)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    try:
+        function, tensors, options = _call(arguments)
+        text = attnfast.explain(function, *tensors.values(), **options)
+    except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
+        raise CommandError(str(error)) from None
+    if arguments.json:
+        call = {name: option for name, option in options.items() if not _holds_tensors(option)}
+        shapes = {name: list(x.shape) for name, x in tensors.items()}
+        found = {"function": function.__name__, "shapes": shapes, "options": call, "explanation": text}
+        print(json.dumps(found, indent=2))
+    else:
+        print(text)
+    return 0
+
+
+def _holds_tensors(option: Any) -> bool:
+    return any(isinstance(x, torch.Tensor) for x in (option if isinstance(option, tuple) else (option,)))
+
+
+def _call(arguments: argparse.Namespace) -> tuple[Any, dict[str, torch.Tensor], dict[str, Any]]:
+    """The function, its tensors by position, and its other arguments."""
+    dtype = _DTYPES[arguments.dtype]
+    if arguments.memory is not None:
+        return memory_call(arguments, dtype)
+    for name in ("queries", "slots", "size", "topk", "heads", "candidates", "sparse_grad"):
+        if getattr(arguments, name) != arguments.default_of(name):
+            raise CommandError(f"--{name.replace('_', '-')} is an option of the memory functions (--memory NAME)")
     batch, heads, query_tokens, size = arguments.shape
     key_tokens = query_tokens if arguments.key_tokens is None else arguments.key_tokens
     kv_heads = heads if arguments.kv_heads is None else arguments.kv_heads
     value_size = size if arguments.value_size is None else arguments.value_size
-    dtype = _DTYPES[arguments.dtype]
-    try:
-        query = torch.empty(batch, heads, query_tokens, size, dtype=dtype, requires_grad=arguments.grad)
-        key = torch.empty(batch, kv_heads, key_tokens, size, dtype=dtype, requires_grad=arguments.grad)
-        value = torch.empty(batch, kv_heads, key_tokens, value_size, dtype=dtype, requires_grad=arguments.grad)
-        mask = torch.ones(query_tokens, key_tokens, dtype=torch.bool) if arguments.mask else None
-        bias = torch.zeros(heads, query_tokens, key_tokens, dtype=dtype) if arguments.bias else None
-        if bias is not None:
-            bias.requires_grad_(arguments.grad)
-        options: dict[str, Any]
-        if arguments.torch_signature:
-            function: Any = attnfast.scaled_dot_product_attention
-            options = _torch_options(arguments, mask, bias, kv_heads != heads)
-        else:
-            function = attnfast.attention
-            options = {
-                "score": arguments.score,
-                "mask": mask,
-                "bias": bias,
-                "causal": arguments.causal,
-                "window": arguments.window,
-                "softcap": arguments.softcap,
-                "dropout_p": arguments.dropout,
-                "return_weights": arguments.return_weights or False,
-            }
-        text = attnfast.explain(function, query, key, value, **options)
-    except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
-        raise CommandError(str(error)) from None
-    if arguments.json:
-        call = {name: option for name, option in options.items() if not isinstance(option, torch.Tensor)}
-        shapes = {"query": list(query.shape), "key": list(key.shape), "value": list(value.shape)}
-        print(
-            json.dumps(
-                {"function": function.__name__, "shapes": shapes, "options": call, "explanation": text}, indent=2
-            )
-        )
-    else:
-        print(text)
-    return 0
+    query = torch.empty(batch, heads, query_tokens, size, dtype=dtype, requires_grad=arguments.grad)
+    key = torch.empty(batch, kv_heads, key_tokens, size, dtype=dtype, requires_grad=arguments.grad)
+    value = torch.empty(batch, kv_heads, key_tokens, value_size, dtype=dtype, requires_grad=arguments.grad)
+    tensors = {"query": query, "key": key, "value": value}
+    mask = torch.ones(query_tokens, key_tokens, dtype=torch.bool) if arguments.mask else None
+    bias = torch.zeros(heads, query_tokens, key_tokens, dtype=dtype) if arguments.bias else None
+    if bias is not None:
+        bias.requires_grad_(arguments.grad)
+    if arguments.torch_signature:
+        return attnfast.scaled_dot_product_attention, tensors, _torch_options(arguments, mask, bias, kv_heads != heads)
+    options = {
+        "score": arguments.score,
+        "mask": mask,
+        "bias": bias,
+        "causal": arguments.causal,
+        "window": arguments.window,
+        "softcap": arguments.softcap,
+        "dropout_p": arguments.dropout,
+        "return_weights": arguments.return_weights or False,
+    }
+    return attnfast.attention, tensors, options
 
 
 def _torch_options(arguments: argparse.Namespace, mask: Any, bias: Any, grouped: bool) -> dict[str, Any]:

@@ -12,13 +12,17 @@ import torch
 
 import attnfast
 
+from ._memory_checks import memory_checks
+
+_WIDTH = 32  # of a row's name
+
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "gradcheck",
         help="check first and second derivatives in float64",
-        description="Compare the first and second derivatives of attention with finite differences in float64, over "
-        "its options. Exit status 1 when one is wrong.",
+        description="Compare the first and second derivatives of attention, over its options, of the memory functions "
+        "and of the networks around a memory with finite differences in float64. Exit status 1 when one is wrong.",
     )
     parser.add_argument("--only", default="", metavar="TEXT", help="only rows whose name contains TEXT")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -83,6 +87,7 @@ def checks() -> dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]]:
             lambda q, k, v: attnfast.scaled_dot_product_attention(q, k, v, is_causal=True),
             inputs,
         ),
+        **memory_checks(),
     }
 
 
@@ -98,7 +103,7 @@ def check_one(check: Callable[..., bool], function: Callable[..., Any], point: t
 def run(arguments: argparse.Namespace) -> int:
     rows: list[dict[str, Any]] = []
     if not arguments.json:
-        print(f"{'attention with':<24}{'first':<10}{'second':<10}{'seconds':>8}")
+        print(f"{'derivatives of':<{_WIDTH}}{'first':<10}{'second':<10}{'seconds':>8}")
     for name, (function, point) in checks().items():
         if arguments.only not in name:
             continue
@@ -109,7 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
         rows.append({"name": name, "first": first, "second": second, "seconds": round(seconds, 3)})
         if not arguments.json:
             shown = ["ok" if answer == "ok" else "WRONG" for answer in (first, second)]
-            print(f"{name:<24}{shown[0]:<10}{shown[1]:<10}{seconds:>8.2f}", flush=True)
+            print(f"{name:<{_WIDTH}}{shown[0]:<10}{shown[1]:<10}{seconds:>8.2f}", flush=True)
             for order, answer in (("first", first), ("second", second)):
                 if answer != "ok":
                     print(f"  {order}: {answer}")

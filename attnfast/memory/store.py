@@ -316,7 +316,7 @@ class MemoryStore(StoreState):
             def observe(picked: Picked) -> None:
                 with torch.no_grad():
                     if return_aux:
-                        count_usage(usage[: book.end], picked)
+                        usage[: book.end] = count_usage(usage[: book.end], picked)
                     if count:
                         self._count(picked, book)
 

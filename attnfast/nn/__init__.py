@@ -3,6 +3,7 @@
 Every module for decoders has ``forward(query, memory, lengths) -> (context, weights)``, ``project_memory(memory)`` for
 what depends on the memory alone, and ``step(query, projected, lengths)``. Beside them are networks around a memory: a
 head of a neural Turing machine, end-to-end, key-value, and the first memory networks, of parts that can be replaced.
+`ProductKeyMemory` is a layer for transformers.
 """
 
 from attnfast.nn._additive import BahdanauAttention, HardAttention, HardAttentionOutput, LocationSensitiveAttention
@@ -20,6 +21,7 @@ from attnfast.nn._memory_networks import (
 )
 from attnfast.nn._memory_text import ContextBags, Generalization, InputMap, Memory, Text, TextScore, WordSegmenter
 from attnfast.nn._ntm import NTMHead
+from attnfast.nn._product_keys import ProductKeyMemory
 
 __all__ = [
     "Attention",
@@ -43,6 +45,7 @@ __all__ = [
     "MemoryNetworkOutput",
     "NTMHead",
     "OutputMap",
+    "ProductKeyMemory",
     "ProjectedMemory",
     "RNNResponse",
     "Response",

@@ -83,7 +83,7 @@ class OutputMap(nn.Module):
                 for i in range(written.shape[1]):
                     other = torch.full_like(place, i)
                     lost = self._preference(scores, gains, asked, memory, place, other) < 0
-                    place = other.where(lost & written[:, i] & (place < i), place)
+                    place = other.where(lost & written[:, i], place)
             places.append(place)
             facts.append(fact(memory, place))
         return torch.stack(places, 1).where(written.any(-1, keepdim=True), -1), facts
