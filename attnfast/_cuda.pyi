@@ -234,9 +234,9 @@ def weighted_gather_bwd(
     """Queue the gradients that are tensors; ``grad_values`` is zero-filled.
 
     For ``grad_values [N, D_v]`` the picks come sorted by slot, stably: ``slots [B * K]`` with N for what is no slot,
-    and ``order [B * K]``, their positions. With ``ranks [B * K]``, the number of each pick's slot among those that occur,
-    the rows of ``grad_values`` are these. ``partial_sums`` is ``[weighted_gather_partial_rows(B * K), D_v]`` in the
-    accumulation dtype, not initialised. None of this can be checked without waiting for the device.
+    and ``order [B * K]``, their positions. With ``ranks [B * K]``, the number of each pick's slot among those that
+    occur, the rows of ``grad_values`` are these. ``partial_sums`` is ``[weighted_gather_partial_rows(B * K), D_v]`` in
+    the accumulation dtype, not initialised. None of this can be checked without waiting for the device.
     """
 
 def product_keys(

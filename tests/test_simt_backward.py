@@ -5,6 +5,7 @@ As in test_simt.py the module ``_simt`` takes the place of the CPU's kernels, he
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from types import ModuleType, SimpleNamespace
@@ -16,7 +17,7 @@ from test_simt import OPTIONS, SEEDS, operands, options_of
 from torch import Tensor
 
 import attnfast
-from attnfast import functional, ops, reference
+from attnfast import _cuda_ops, functional, ops, reference
 
 # Of the largest element of a gradient.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -37,7 +38,7 @@ def backward_of(simt: ModuleType) -> Callable[..., None]:
 def use(simt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both directions under the emulator, on the route of CUDA tensors: short cuts are the CPU's."""
     simt.set_seed(0)
-    monkeypatch.setattr(ops, "_forward", simt.dot_attention_fwd)
+    monkeypatch.setattr(ops, "_forward", functools.partial(_cuda_ops.dot_attention_fwd_of, simt))
     monkeypatch.setattr(ops, "_backward", backward_of(simt))
     monkeypatch.setattr(functional, "_ordinary_call", lambda *_: 0)
 
