@@ -19,6 +19,7 @@ from attnfast.nn._memory_networks import (
     RNNResponse,
 )
 from attnfast.nn._memory_text import ContextBags, Generalization, InputMap, Memory, Text, TextScore, WordSegmenter
+from attnfast.nn._multihead import MultiheadAttention
 from attnfast.nn._ntm import NTMHead
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "MemoryAttention",
     "MemoryNetwork",
     "MemoryNetworkOutput",
+    "MultiheadAttention",
     "NTMHead",
     "OutputMap",
     "ProjectedMemory",
