@@ -20,6 +20,7 @@ from attnfast.nn._memory_networks import (
     RNNResponse,
 )
 from attnfast.nn._memory_text import ContextBags, Generalization, InputMap, Memory, Text, TextScore, WordSegmenter
+from attnfast.nn._multihead import MultiheadAttention
 from attnfast.nn._ntm import NTMHead
 from attnfast.nn._product_keys import ProductKeyMemory
 
@@ -43,6 +44,7 @@ __all__ = [
     "MemoryAttention",
     "MemoryNetwork",
     "MemoryNetworkOutput",
+    "MultiheadAttention",
     "NTMHead",
     "OutputMap",
     "ProductKeyMemory",
