@@ -4,6 +4,9 @@
     the attention modules of a model, in place
 ``torch_sdpa``
     ``torch.nn.functional.scaled_dot_product_attention``, for a process or a block of code
+``transformers``
+    an attention implementation of Hugging Face transformers, imported on its own:
+    ``from attnfast.integrations import transformers``
 """
 
 from attnfast.integrations import torch_sdpa
