@@ -55,7 +55,7 @@ def options_of(name: str, query: Tensor, key: Tensor) -> dict[str, Any]:
         "plain": {},
         "causal": {"causal": "top_left"},
         "bottom_right": {"causal": "bottom_right"},
-        "window": {"window": (7, 3)},
+        "window": {"window": (7, 3), "return_weights": "column_sum"},
         "lengths": {
             "query_lengths": torch.tensor([0, shape[2]]),
             "key_lengths": torch.tensor([shape[3], shape[3] // 2]),

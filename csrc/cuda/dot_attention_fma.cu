@@ -7,9 +7,9 @@
 // over K, weights times V. Of larger heads a tile's scores are formed 256 features at a time, and a block has 256 value
 // columns: the blocks of the others form the same scores again.
 #include "cuda/device/fma_tile.cuh"
-#include "cuda/device/parts.cuh"
 #include "cuda/dot_attention.h"
 #include "cuda/launch.h"
+#include "cuda/parts.cuh"
 
 namespace attnfast::cuda {
 namespace {

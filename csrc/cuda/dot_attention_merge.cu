@@ -1,6 +1,6 @@
 // The second half of a forward whose keys were split: one block a row adds up what the ranges found, in their order.
-#include "cuda/device/parts.cuh"
 #include "cuda/launch.h"
+#include "cuda/parts.cuh"
 
 namespace attnfast::cuda {
 namespace {

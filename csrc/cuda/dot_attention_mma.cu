@@ -7,9 +7,9 @@
 // chunk c of row r lies at chunk c ^ (r % 8): eight rows of one column of chunks, which ldmatrix wants at once, are
 // then in different banks. A lane with g = lane / 4 and t = lane % 4 holds rows g and g + 8, and columns 2 t and 2 t +
 // 1 of every eight.
-#include "cuda/device/parts.cuh"
 #include "cuda/dot_attention.h"
 #include "cuda/launch.h"
+#include "cuda/parts.cuh"
 
 namespace attnfast::cuda {
 namespace {
