@@ -146,7 +146,7 @@ def test_no_rows_give_zeros(backend: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-@pytest.mark.parametrize("spread", [0.01, 0.1, 2.0, 4.0, 12.0, 40.0, 3000.0])
+@pytest.mark.parametrize("spread", [0.01, 0.2, 2.0, 4.0, 12.0, 40.0, 3000.0])
 def test_sizes_of_arguments(backend: ModuleType, dtype: torch.dtype, spread: float) -> None:
     """Each way of a tile: the polynomial, the exponentials, cut ones, and the hyperbolic tangent."""
     for rows in (2, 9):
@@ -172,6 +172,23 @@ def test_small_arguments_keep_their_relative_precision(backend: ModuleType) -> N
     query, key, value, weight = operands(torch.float32, 5, 40, 32, 8, 1e-4)
     weight = 3000 * weight
     check(torch.float32, [query, key, value, weight], {}, 4e-6)
+
+
+@pytest.mark.parametrize("large", [slice(0, 64), slice(64, 80)], ids=str)
+def test_chunks_of_dimensions_take_their_own_way(backend: ModuleType, large: slice) -> None:
+    query, key, value, weight = operands(torch.float32, 6, 40, 80, 8, 0.1)
+    query[..., large] *= 300
+    key[..., large] *= 300
+    check(torch.float32, [query, key, value, weight], {})
+
+
+def test_a_sink_of_nothing_has_no_gradient(backend: ModuleType) -> None:
+    tensors = operands(torch.float32, 6, 40, 8, 8)
+    mask = torch.ones(6, 40, dtype=torch.bool)
+    mask[2] = False
+    sink = torch.full((2,), -math.inf, requires_grad=True)
+    out = attnfast.additive_attention(*tensors, mask=mask, sink=sink)
+    assert torch.equal(torch.autograd.grad(out.square().sum(), sink)[0], torch.zeros(2))
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e12])

@@ -30,7 +30,7 @@ Config small_config(Random& random) {
     c.scale = 1;
     c.vectors_by_head = random.chance(50);
     c.score_bias = random.chance(60);
-    c.spread = random.pick({0.02, 1.0, 1.0, 4.0, 15.0, 60.0});
+    c.spread = random.pick({0.02, 0.2, 1.0, 1.0, 4.0, 15.0, 60.0});
     c.weights_mode = WeightsMode::kNone;
     c.bounds = -1;
     c.prior_sigma = 0;
