@@ -10,6 +10,7 @@
 #include "cpu/isa.h"
 
 namespace attnfast {
+
 // ---- topk_scores ------------------------------------------------------------------------------------------------
 
 py::object topk_scores_fwd(PyObject* const* items, Py_ssize_t given) {

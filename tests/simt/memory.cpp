@@ -138,15 +138,25 @@ std::string check_skewed_use(int64_t uses) {
   return found == wanted ? "" : "sums of " + std::to_string(uses) + " uses, most of one slot";
 }
 
+// ThreadSanitizer makes a fiber in a millisecond. These have each plan of topk_scores with lists that fill up, its
+// merge, outputs that several teams share, and slots over several chunks.
+bool worth_its_time([[maybe_unused]] int64_t number) {
+#if defined(__SANITIZE_THREAD__)
+  for (const int64_t chosen : {2, 4, 16, 19, 129, 700})
+    if (number == chosen) return true;
+  return false;
+#else
+  return true;
+#endif
+}
+
 }  // namespace
 }  // namespace attnfast::simt
 
 int main(int count, char** arguments) {
   using namespace attnfast;
   using namespace attnfast::simt;
-#if defined(__SANITIZE_THREAD__)
-  int64_t cases = 6, first = 0;
-#elif defined(__SANITIZE_ADDRESS__)
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
   int64_t cases = 30, first = 0;
 #else
   int64_t cases = 100, first = 0;
@@ -164,6 +174,7 @@ int main(int count, char** arguments) {
   kernels.weighted_gather_bwd = gather_bwd;
   kernels.product_keys = [](const ProductKeysParams& p) { cuda::product_keys(p, nullptr); };
   for (int64_t number = first; number < first + cases; ++number) {
+    if (count == 1 && !worth_its_time(number)) continue;
     g_number = number;
     for (const auto check : {native::check_topk, native::check_gather_unreported}) {
       std::string error;
@@ -172,6 +183,7 @@ int main(int count, char** arguments) {
     }
   }
   for (const int64_t uses : {1, 63, 64, 65, 128, 129, 700, 3000}) {
+    if (count == 1 && !worth_its_time(uses)) continue;
     g_number = uses;
     use_schedule(0);
     std::string error;
