@@ -7,6 +7,7 @@
 // chunk c of row r lies at chunk c ^ (r % 8): eight rows of one column of chunks, which ldmatrix wants at once, are
 // then in different banks. A lane with g = lane / 4 and t = lane % 4 holds rows g and g + 8, and columns 2 t and 2 t +
 // 1 of every eight.
+#include "cuda/device/mma_tiles.cuh"
 #include "cuda/dot_attention.h"
 #include "cuda/launch.h"
 #include "cuda/parts.cuh"
@@ -14,20 +15,10 @@
 namespace attnfast::cuda {
 namespace {
 
-constexpr int kWarps = 4, kThreads = 32 * kWarps, kRows = 16 * kWarps;
-
-struct BFloat16 {
-  ATTNFAST_DEVICE static void mma(float* d, const uint32_t* a, const uint32_t* b) { ptx::mma_bf16(d, a, b); }
-  ATTNFAST_DEVICE static uint32_t pack(float low, float high) { return ptx::pack_bf16(low, high); }
-  ATTNFAST_DEVICE static float widen(uint16_t bits) { return ptx::widen_bf16(bits); }
-  static constexpr uint16_t kExponent = 0x7F80;
+struct BFloat16 : MmaBFloat16 {
   static constexpr const char* kName = "dot_attention_mma<bfloat16>";
 };
-struct Float16 {
-  ATTNFAST_DEVICE static void mma(float* d, const uint32_t* a, const uint32_t* b) { ptx::mma_f16(d, a, b); }
-  ATTNFAST_DEVICE static uint32_t pack(float low, float high) { return ptx::pack_f16(low, high); }
-  ATTNFAST_DEVICE static float widen(uint16_t bits) { return ptx::widen_f16(bits); }
-  static constexpr uint16_t kExponent = 0x7C00;
+struct Float16 : MmaFloat16 {
   static constexpr const char* kName = "dot_attention_mma<float16>";
 };
 
@@ -36,93 +27,24 @@ struct Plan {
   static constexpr int kKeys = kHead <= 128 ? 64 : 32;
   // Beyond that Q's fragments would not fit the registers beside the output's; they are then read again for every tile.
   static constexpr bool kKeepQueries = kHead <= 128;
-  static constexpr int kSharedElements = (kRows + 4 * kKeys) * kHead;
+  static constexpr int kSharedElements = (kMmaRows + 4 * kKeys) * kHead;
   static constexpr int kStepsAtOnce = kKeepQueries ? kHead / 16 : 2;
   static constexpr int kSteps = kHead / 16, kScoreTiles = kKeys / 8, kValueTiles = kHead / 8;
 };
 
-template <int kHead>
-ATTNFAST_DEVICE int swizzled(int row, int chunk) {
-  return row * kHead + ((chunk ^ (row & 7)) << 3);
-}
-
-// Rows [first, first + rows) of a [T, size] matrix on their way to shared memory, zero where there is none.
-template <int kHead>
-ATTNFAST_DEVICE void start_rows(uint16_t* to, const uint16_t* from, int64_t stride, int64_t first, int rows,
-                                int64_t end, int64_t size) {
-  constexpr int kChunks = kHead / 8;
-  for (int i = static_cast<int>(threadIdx.x); i < rows * kChunks; i += kThreads) {
-    const int row = i / kChunks, chunk = i % kChunks;
-    const bool valid = first + row < end && chunk * 8 < size;
-    ptx::copy_async_16(to + swizzled<kHead>(row, chunk), valid ? from + (first + row) * stride + chunk * 8 : from,
-                       valid);
-  }
-}
-
-// Where a tile of values holds something that is not finite and not every row sees all of it: adds what is visible of
-// such a value row by row, and clears it for the product that follows. Every warp of the block comes here together.
-template <class T, int kHead, int kKeys>
-ATTNFAST_DEVICE void take_strange_values(uint16_t* values, const float (*weight)[4], float (*out)[4]) {
-  const int lane = static_cast<int>(threadIdx.x) % 32, t = lane % 4;
-  constexpr int kChunks = kHead / 8;
-#pragma unroll
-  for (int n = 0; n < kKeys / 8; ++n) {  // unrolled for the weights' registers
-#pragma unroll 1
-    for (int k = 0; k < 8; ++k) {
-      const int key = n * 8 + k;
-      bool strange = false;
-      for (int d = lane; d < kHead; d += 32) {
-        strange = strange || (values[swizzled<kHead>(key, d / 8) + d % 8] & T::kExponent) == T::kExponent;
-      }
-      if (!__any_sync(0xFFFFFFFFu, strange)) continue;
-      const int holder = lane - t + k / 2;  // of this row's weight at that key
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const float even = weight[n][2 * r], odd = weight[n][2 * r + 1];
-        const float w = __shfl_sync(0xFFFFFFFFu, k % 2 == 0 ? even : odd, holder);
-        if (is_hidden(w)) continue;
-#pragma unroll
-        for (int c = 0; c < kHead / 8; ++c) {
-          const uint16_t* v = values + swizzled<kHead>(key, c) + 2 * t;
-          out[c][2 * r] += w * T::widen(v[0]);
-          out[c][2 * r + 1] += w * T::widen(v[1]);
-        }
-      }
-    }
-  }
-  __syncthreads();  // all have taken what they may see
-  for (int i = static_cast<int>(threadIdx.x); i < kKeys * kChunks; i += kThreads) {
-    Halves8& chunk = *reinterpret_cast<Halves8*>(values + swizzled<kHead>(i / kChunks, i % kChunks));
-#pragma unroll
-    for (int e = 0; e < 8; ++e) chunk.x[e] = (chunk.x[e] & T::kExponent) == T::kExponent ? 0 : chunk.x[e];
-  }
-  __syncthreads();
-}
-
-template <class T, int kHead, int kKeys>
-ATTNFAST_DEVICE bool has_strange_values(const uint16_t* values) {
-  bool strange = false;
-  for (int i = static_cast<int>(threadIdx.x); i < kKeys * kHead / 8; i += kThreads) {
-    const Halves8 chunk = *reinterpret_cast<const Halves8*>(values + 8 * i);
-#pragma unroll
-    for (int e = 0; e < 8; ++e) strange = strange || (chunk.x[e] & T::kExponent) == T::kExponent;
-  }
-  return strange;
-}
-
 template <class T, int kHead>
-__global__ void __launch_bounds__(kThreads, 2) dot_attention_mma_kernel(DotAttentionParams p, Parts parts) {
+__global__ void __launch_bounds__(kMmaThreads, 2) dot_attention_mma_kernel(DotAttentionParams p, Parts parts) {
   using P = Plan<kHead>;
   constexpr int kKeys = P::kKeys;
   ATTNFAST_SHARED(shared);
   uint16_t* queries = reinterpret_cast<uint16_t*>(shared);
-  uint16_t* key_tiles = queries + kRows * kHead;
+  uint16_t* key_tiles = queries + kMmaRows * kHead;
   uint16_t* value_tiles = key_tiles + 2 * kKeys * kHead;
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int g = lane / 4, t = lane % 4;
   // In shared memory, because registers are short in the loop.
   Rows& rows = *reinterpret_cast<Rows*>(value_tiles + 2 * kKeys * kHead);
-  const Rows found = rows_of_part(p, kRows, parts, blockIdx.x);
+  const Rows found = rows_of_part(p, kMmaRows, parts, blockIdx.x);
   if (threadIdx.x == 0) rows = found;
   __syncthreads();
   const int64_t keys = rows.sequence.keys;
@@ -131,11 +53,11 @@ __global__ void __launch_bounds__(kThreads, 2) dot_attention_mma_kernel(DotAtten
   const bool modified = is_modified(p), factored = has_factor(p);
   const int64_t first_tile = rows.key_begin / kKeys * kKeys;
 
-  start_rows<kHead>(queries, static_cast<const uint16_t*>(p.query.data) + query_offset(rows, p.query),
-                    p.query.stride[2], rows.first, kRows, rows.last, p.head_size);
+  copy_rows<kHead>(queries, static_cast<const uint16_t*>(p.query.data) + query_offset(rows, p.query), p.query.stride[2],
+                   rows.first, kMmaRows, rows.last, p.head_size);
   if (first_tile < rows.key_end) {
-    start_rows<kHead>(key_tiles, key_data, p.key.stride[2], first_tile, kKeys, keys, p.head_size);
-    start_rows<kHead>(value_tiles, value_data, p.value.stride[2], first_tile, kKeys, keys, p.value_size);
+    copy_rows<kHead>(key_tiles, key_data, p.key.stride[2], first_tile, kKeys, keys, p.head_size);
+    copy_rows<kHead>(value_tiles, value_data, p.value.stride[2], first_tile, kKeys, keys, p.value_size);
   }
   ptx::copy_async_commit();
 
@@ -152,8 +74,8 @@ __global__ void __launch_bounds__(kThreads, 2) dot_attention_mma_kernel(DotAtten
   for (int64_t key = first_tile; key < rows.key_end; key += kKeys) {
     if (key + kKeys < rows.key_end) {
       const int other = (current ^ 1) * kKeys * kHead;
-      start_rows<kHead>(key_tiles + other, key_data, p.key.stride[2], key + kKeys, kKeys, keys, p.head_size);
-      start_rows<kHead>(value_tiles + other, value_data, p.value.stride[2], key + kKeys, kKeys, keys, p.value_size);
+      copy_rows<kHead>(key_tiles + other, key_data, p.key.stride[2], key + kKeys, kKeys, keys, p.head_size);
+      copy_rows<kHead>(value_tiles + other, value_data, p.value.stride[2], key + kKeys, kKeys, keys, p.value_size);
     }
     ptx::copy_async_commit();
     ptx::copy_async_wait<1>();  // all but the tile that was just asked for
@@ -162,7 +84,7 @@ __global__ void __launch_bounds__(kThreads, 2) dot_attention_mma_kernel(DotAtten
       if (key == first_tile) {
 #pragma unroll
         for (int k = 0; k < P::kSteps; ++k) {
-          ptx::ldmatrix_x4(query[k], query_rows + swizzled<kHead>(lane % 16, 2 * k + lane / 16));
+          ptx::ldmatrix_x4(query[k], query_rows + swizzled_at<kHead>(lane % 16, 2 * k + lane / 16));
         }
       }
     }
@@ -178,13 +100,14 @@ __global__ void __launch_bounds__(kThreads, 2) dot_attention_mma_kernel(DotAtten
     for (int k = 0; k < P::kSteps; ++k) {
       uint32_t* a = query[P::kKeepQueries ? k : 0];
       if constexpr (!P::kKeepQueries) {
-        ptx::ldmatrix_x4(a, query_rows + swizzled<kHead>(lane % 16, 2 * k + lane / 16));
+        ptx::ldmatrix_x4(a, query_rows + swizzled_at<kHead>(lane % 16, 2 * k + lane / 16));
       }
 #pragma unroll
       for (int n = 0; n < P::kScoreTiles; n += 2) {
         // K as it lies is K^T as mma wants it: matrices of 8 keys by 8 features, features first.
         uint32_t fragment[4];
-        ptx::ldmatrix_x4(fragment, key_tile + swizzled<kHead>(n * 8 + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2));
+        ptx::ldmatrix_x4(fragment,
+                         key_tile + swizzled_at<kHead>(n * 8 + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2));
         T::mma(score[n], a, fragment);
         T::mma(score[n + 1], a, fragment + 2);
       }
@@ -233,22 +156,10 @@ __global__ void __launch_bounds__(kThreads, 2) dot_attention_mma_kernel(DotAtten
     }
 
     // A hidden value may hold anything, and zero times that is not zero.
-    if (!plain && __syncthreads_or(has_strange_values<T, kHead, kKeys>(value_tile))) {
-      take_strange_values<T, kHead, kKeys>(value_tile, score, out);
+    if (!plain && __syncthreads_or(has_strange_rows<T, kHead, kKeys>(value_tile))) {
+      take_strange_rows<T, kHead, kKeys>(value_tile, score, out);
     }
-#pragma unroll
-    for (int k = 0; k < kKeys / 16; ++k) {
-      const uint32_t a[4] = {T::pack(score[2 * k][0], score[2 * k][1]), T::pack(score[2 * k][2], score[2 * k][3]),
-                             T::pack(score[2 * k + 1][0], score[2 * k + 1][1]),
-                             T::pack(score[2 * k + 1][2], score[2 * k + 1][3])};
-#pragma unroll
-      for (int n = 0; n < P::kValueTiles; n += 2) {
-        uint32_t fragment[4];
-        ptx::ldmatrix_x4_trans(fragment, value_tile + swizzled<kHead>(k * 16 + lane % 16, n + lane / 16));
-        T::mma(out[n], a, fragment);
-        T::mma(out[n + 1], a, fragment + 2);
-      }
-    }
+    add_weighted_rows<T, kHead, kKeys>(score, value_tile, out);
     __syncthreads();  // this tile's buffer is the next to be filled
     current ^= 1;
   }
@@ -286,8 +197,8 @@ template <class T, int kHead>
 void launch(const DotAttentionParams& p, const Parts& parts, Stream stream) {
   constexpr size_t kBytes = Plan<kHead>::kSharedElements * sizeof(uint16_t) + sizeof(Rows);
   allow_shared(dot_attention_mma_kernel<T, kHead>, kBytes, T::kName, p);
-  ATTNFAST_LAUNCH((dot_attention_mma_kernel<T, kHead>), grid_of(p, kRows, T::kName, parts.splits), kThreads, kBytes,
-                  stream, p, parts);
+  ATTNFAST_LAUNCH((dot_attention_mma_kernel<T, kHead>), grid_of(p, kMmaRows, T::kName, parts.splits), kMmaThreads,
+                  kBytes, stream, p, parts);
   check_launched(T::kName, p);
 }
 
@@ -302,20 +213,13 @@ void launch_by_size(const DotAttentionParams& p, const Parts& parts, Stream stre
     launch<T, 256>(p, parts, stream);
 }
 
-// Rows that start at multiples of 16 bytes and have no gaps.
-bool has_aligned_rows(const Tensor4& x, int64_t size) {
-  bool good = reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && size % 8 == 0 && (x.stride[3] == 1 || size == 0);
-  for (int i = 0; i < 3; ++i) good = good && x.stride[i] % 8 == 0;
-  return good;
-}
-
 }  // namespace
 
 bool dot_attention_mma_takes(const DotAttentionParams& p) {
   return (p.query.dtype == DType::kBFloat16 || p.query.dtype == DType::kFloat16) && p.head_size > 0 &&
-         p.value_size > 0 && p.head_size <= 256 && p.value_size <= 256 && has_aligned_rows(p.query, p.head_size) &&
-         has_aligned_rows(p.key, p.head_size) && has_aligned_rows(p.value, p.value_size) &&
-         has_aligned_rows(p.out, p.value_size);
+         p.value_size > 0 && p.head_size <= 256 && p.value_size <= 256 && rows_are_aligned(p.query, p.head_size) &&
+         rows_are_aligned(p.key, p.head_size) && rows_are_aligned(p.value, p.value_size) &&
+         rows_are_aligned(p.out, p.value_size);
 }
 
 void dot_attention_mma_fwd(const DotAttentionParams& p, const Parts& parts, void* stream) {

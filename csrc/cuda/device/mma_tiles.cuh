@@ -1,4 +1,5 @@
-// Tiles of the gradient kernels that multiply on tensor cores: 16-bit rows in shared memory, and sums in C fragments.
+// Tiles of the kernels of the dot core that multiply on tensor cores: 16-bit rows in shared memory, and sums in C
+// fragments.
 //
 // Rows are a multiple of 128 bytes, and the 16-byte chunk c of row r lies at chunk c ^ (r % 8): eight rows of one
 // column of chunks, which ldmatrix wants at once, are then in different banks. A block has four warps, a warp 16 rows
