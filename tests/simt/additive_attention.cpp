@@ -3,7 +3,6 @@
 //
 //   attnfast_simt_additive_attention [--cases N] [--first N]
 #include <cstdio>
-#include <cstdlib>
 #include <memory>
 #include <vector>
 
@@ -138,25 +137,8 @@ std::string check(const Problem& problem) {
 int main(int count, char** arguments) {
   using namespace attnfast;
   using namespace attnfast::simt;
-#if defined(__SANITIZE_THREAD__)
-  int64_t cases = 24, first = 0;
-#else
-  int64_t cases = 200, first = 0;
-#endif
-  for (int i = 1; i + 1 < count; i += 2) {
-    const std::string option = arguments[i];
-    if (option == "--cases") cases = std::atoll(arguments[i + 1]);
-    if (option == "--first") first = std::atoll(arguments[i + 1]);
-  }
-  for (int64_t number = first; number < first + cases; ++number) {
-    native::Random random(static_cast<uint64_t>(number) * 2 + 1);
-    const native::Config config = small_config(random);
-    const native::Problem problem(config, random.next());
-    set_seed(static_cast<uint32_t>(number));
-    const std::string error = check(problem);
-    expect(error.empty(), "case " + std::to_string(number) + ": " + error + "\n  " + config.text());
-  }
-  if (cases >= 24) expect(g_split > 0 && g_narrow > 0 && g_wide > 0, "every plan was tried");
-  std::printf("simt additive_attention: %lld cases, %d failures\n", static_cast<long long>(cases), g_failures);
-  return g_failures == 0 ? 0 : 1;
+  const Cases cases = cases_of(count, arguments, 200, 24);
+  run_cases(cases, small_config, [](const native::Problem& problem, int64_t) { return check(problem); });
+  if (cases.count >= 24) expect(g_split > 0 && g_narrow > 0 && g_wide > 0, "every plan was tried");
+  return finish("additive_attention", cases.count);
 }

@@ -48,4 +48,17 @@ inline std::string compare(const char* what, const HostTensor& got, const HostTe
   return "";
 }
 
+// Random calls: `draw(random)` is the configuration of one, `check(problem, number)` runs it and says what went wrong.
+template <class Draw, class Check>
+void run_cases(const Cases& cases, Draw draw, Check check) {
+  for (int64_t number = cases.first; number < cases.first + cases.count; ++number) {
+    native::Random random(static_cast<uint64_t>(number) * 2 + 1);
+    const native::Config config = draw(random);
+    const native::Problem problem(config, random.next());
+    set_seed(static_cast<uint32_t>(number));
+    const std::string error = check(problem, number);
+    expect(error.empty(), "case " + std::to_string(number) + ": " + error + "\n  " + config.text());
+  }
+}
+
 }  // namespace attnfast::simt

@@ -4,7 +4,6 @@
 //
 //   attnfast_simt_dot_attention_bwd [--cases N] [--first N]
 #include <cstdio>
-#include <cstdlib>
 
 #include "compare.h"
 #include "cuda/dot_attention.h"
@@ -185,27 +184,12 @@ void check_counts(DType dtype, int64_t size) {
 int main(int count, char** arguments) {
   using namespace attnfast;
   using namespace attnfast::simt;
-#if defined(__SANITIZE_THREAD__)
-  int64_t cases = 15, first = 0;
-#else
-  int64_t cases = 150, first = 0;
-#endif
-  for (int i = 1; i + 1 < count; i += 2) {
-    const std::string option = arguments[i];
-    if (option == "--cases") cases = std::atoll(arguments[i + 1]);
-    if (option == "--first") first = std::atoll(arguments[i + 1]);
-  }
-  for (int64_t number = first; number < first + cases; ++number) {
-    native::Random random(static_cast<uint64_t>(number) * 2 + 1);
-    const native::Config config = small_config(random);
-    const native::Problem problem(config, random.next());
-    set_seed(static_cast<uint32_t>(number));
-    const std::string error = check(problem, static_cast<uint32_t>(number + 1));
-    expect(error.empty(), "case " + std::to_string(number) + ": " + error + "\n  " + config.text());
-  }
-  if (cases >= 15) expect(g_took_mma && g_took_fma, "both kernels were tried");
+  const Cases cases = cases_of(count, arguments, 150, 15);
+  run_cases(cases, small_config, [](const native::Problem& problem, int64_t number) {
+    return check(problem, static_cast<uint32_t>(number + 1));
+  });
+  if (cases.count >= 15) expect(g_took_mma && g_took_fma, "both kernels were tried");
   for (int64_t size : {64, 128, 256}) check_counts(DType::kBFloat16, size);
   check_counts(DType::kFloat16, 64);
-  std::printf("simt dot_attention_bwd: %lld cases, %d failures\n", static_cast<long long>(cases), g_failures);
-  return g_failures == 0 ? 0 : 1;
+  return finish("dot_attention_bwd", cases.count);
 }

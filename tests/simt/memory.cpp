@@ -4,7 +4,6 @@
 //
 //   attnfast_simt_memory [--cases N] [--first N]
 #include <algorithm>
-#include <cstdio>
 #include <cstdlib>
 #include <numeric>
 #include <vector>
@@ -156,16 +155,11 @@ bool worth_its_time([[maybe_unused]] int64_t number) {
 int main(int count, char** arguments) {
   using namespace attnfast;
   using namespace attnfast::simt;
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-  int64_t cases = 30, first = 0;
+#if defined(__SANITIZE_ADDRESS__)
+  const Cases cases = cases_of(count, arguments, 30, 30);
 #else
-  int64_t cases = 100, first = 0;
+  const Cases cases = cases_of(count, arguments, 100, 30);
 #endif
-  for (int i = 1; i + 1 < count; i += 2) {
-    const std::string option = arguments[i];
-    if (option == "--cases") cases = std::atoll(arguments[i + 1]);
-    if (option == "--first") first = std::atoll(arguments[i + 1]);
-  }
   int64_t ran = 0;
   KernelTable kernels{};
   kernels.name = "simt";
@@ -174,7 +168,7 @@ int main(int count, char** arguments) {
   kernels.weighted_gather_sort = gather_sort;
   kernels.weighted_gather_bwd = gather_bwd;
   kernels.product_keys = [](const ProductKeysParams& p) { cuda::product_keys(p, nullptr); };
-  for (int64_t number = first; number < first + cases; ++number) {
+  for (int64_t number = cases.first; number < cases.first + cases.count; ++number) {
     if (count == 1 && !worth_its_time(number)) continue;
     ++ran;
     g_number = number;
@@ -192,6 +186,5 @@ int main(int count, char** arguments) {
     const std::string report = reported([&] { error = check_skewed_use(uses); });
     expect(error.empty() && report.empty(), error + report);
   }
-  std::printf("simt memory: %lld cases, %d failures\n", static_cast<long long>(ran), g_failures);
-  return g_failures == 0 ? 0 : 1;
+  return finish("memory", ran);
 }
