@@ -1,12 +1,13 @@
 """Reads what the compiler made of the CUDA kernels from the built module itself: registers, memory, instructions.
 
-Everything comes from ``cuobjdump`` (part of the CUDA toolkit and of the package nvidia-cuda-cuobjdump), applied to the
+Everything comes from ``cuobjdump`` and the ``nvdisasm`` it calls (CUDA toolkit; packages nvidia-cuda-*), applied to the
 very file that is installed, so nothing is compiled a second time. Kernels of libraries (CUB) are left out: only what is
 in ``attnfast::cuda`` is ours to answer for.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -104,8 +105,11 @@ def instruction_counts(listing: Iterable[str]) -> Usage:
 def read_module(cuobjdump: str, module: Path) -> Usage:
     """Registers, memory and instruction counts of every kernel of ours, on every architecture in the module."""
 
+    # cuobjdump calls nvdisasm, which stands beside it and need not be on PATH.
+    env = {**os.environ, "PATH": f"{Path(cuobjdump).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+
     def run(option: str) -> Iterable[str]:
-        with subprocess.Popen([cuobjdump, option, str(module)], stdout=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen([cuobjdump, option, str(module)], stdout=subprocess.PIPE, text=True, env=env) as process:
             assert process.stdout is not None
             yield from process.stdout
         if process.returncode != 0:

@@ -39,11 +39,8 @@ ATTNFAST_DEVICE SoftmaxState<R> row_state(const DotAttentionParams& p, const Row
                                 __shfl_xor_sync(0xFFFFFFFFu, state.sum, step)};
     const R largest = fmax(state.maximum, other.maximum);
     if (largest == negative_infinity<R>()) continue;
-    // In the order of the lanes, so that both of a pair find the same bits.
-    const bool lower = (lane & step) == 0;
-    const SoftmaxState<R>&first = lower ? state : other, &second = lower ? other : state;
-    const R sum = first.sum * exp2_of(first.maximum - largest) + second.sum * exp2_of(second.maximum - largest);
-    state = {largest, sum};
+    // Both of a pair of lanes find the same bits: sums do not depend on the order of two.
+    state = {largest, state.sum * exp2_of(state.maximum - largest) + other.sum * exp2_of(other.maximum - largest)};
   }
   return state;
 }

@@ -20,7 +20,9 @@ template <int kHead, bool kByKeys>
 struct Plan {
   static constexpr int kTile = kHead <= 128 ? 32 : 16;
   static constexpr int kValues = kByKeys ? 3 * kTile : 0;  // floats beside the two tiles of a buffer
-  static constexpr int kSharedBytes = (2 * kMmaRows + 4 * kTile) * kHead * 2 + 2 * kValues * 4;
+  // A block that owns queries never changes what it has, and keeps it in shared memory, because registers are short.
+  static constexpr int kBlockBytes = kByKeys ? 0 : sizeof(GradientBlock);
+  static constexpr int kSharedBytes = (2 * kMmaRows + 4 * kTile) * kHead * 2 + 2 * kValues * 4 + kBlockBytes;
 };
 
 template <class T, int kHead, bool kByKeys, int kSums>
@@ -34,7 +36,12 @@ __global__ void __launch_bounds__(kMmaThreads, 2) dot_attention_bwd_mma_kernel(D
   float* tile_values = reinterpret_cast<float*>(tiles + 4 * kTileElements);
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int g = lane / 4, t = lane % 4;
-  GradientBlock block = gradient_block<kByKeys>(p, kMmaRows, kTile);
+  GradientBlock found = gradient_block<kByKeys>(p, kMmaRows, kTile);
+  GradientBlock& block = kByKeys ? found : *reinterpret_cast<GradientBlock*>(tile_values);
+  if constexpr (!kByKeys) {
+    if (threadIdx.x == 0) block = found;
+    __syncthreads();
+  }
   const Sequence& sequence = block.rows.sequence;
   const int64_t b = sequence.tensor_batch, kv_head = block.rows.kv_head;
   const bool modified = is_modified(p);

@@ -176,6 +176,15 @@ int main(int count, char** arguments) {
 #if !defined(__SANITIZE_THREAD__)
   check_offsets(cases.count / 4);
 #endif
+  {  // a kernel that random calls seldom reach
+    Config c;
+    c.dtype = DType::kFloat64;
+    c.query_tokens = 5;
+    c.key_tokens = 40;
+    c.weights_mode = WeightsMode::kColumnSum;
+    const std::string error = check(Problem(c, 11));
+    expect(error.empty(), "column sums in float64: " + error);
+  }
   for (int64_t size : {64, 128, 256}) check_counts(DType::kBFloat16, size);
   check_counts(DType::kFloat16, 64);
   return finish("dot_attention", cases.count);

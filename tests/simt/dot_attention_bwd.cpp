@@ -189,6 +189,16 @@ int main(int count, char** arguments) {
     return check(problem, static_cast<uint32_t>(number + 1));
   });
   if (cases.count >= 15) expect(g_took_mma && g_took_fma, "both kernels were tried");
+  for (int64_t size : {72, 136}) {  // kernels that random calls seldom reach
+    Config c;
+    c.dtype = DType::kFloat64;
+    c.query_tokens = 5;
+    c.key_tokens = 7;
+    c.head_size = c.value_size = size;
+    c.bias[0] = 15;
+    const std::string error = check(Problem(c, 11), 1);
+    expect(error.empty(), "bias in float64: " + error);
+  }
   for (int64_t size : {64, 128, 256}) check_counts(DType::kBFloat16, size);
   check_counts(DType::kFloat16, 64);
   return finish("dot_attention_bwd", cases.count);
