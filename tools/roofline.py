@@ -109,7 +109,8 @@ def dot_mma(head: int) -> Kernel:
 
 
 def dot_fma(head: int) -> Kernel:
-    return Kernel("dot forward, f32", f"dot_attention_fma_kernel<float, {head}, false>", head, 32, 32, 4, registers, False)
+    name = f"dot_attention_fma_kernel<float, {head}, false>"
+    return Kernel("dot forward, f32", name, head, 32, 32, 4, registers, False)
 
 
 # One line for each kernel of the document.
