@@ -137,8 +137,8 @@ std::string check(const Problem& problem) {
 int main(int count, char** arguments) {
   using namespace attnfast;
   using namespace attnfast::simt;
-  const Cases cases = cases_of(count, arguments, 200, 24);
+  const Cases cases = cases_of(count, arguments, 200, 30);
   run_cases(cases, small_config, [](const native::Problem& problem, int64_t) { return check(problem); });
-  if (cases.count >= 24) expect(g_split > 0 && g_narrow > 0 && g_wide > 0, "every plan was tried");
+  if (cases.count >= 30) expect(g_split > 0 && g_narrow > 0 && g_wide > 0, "every plan was tried");
   return finish("additive_attention", cases.count);
 }
