@@ -70,8 +70,8 @@ def topk_scores_sparse_bwd(
     grad_scores: Tensor, query: Tensor, keys: Tensor, indices: Tensor, scale: float, needs_query: bool
 ) -> tuple[Tensor | None, Tensor]:
     """As :func:`topk_scores_bwd`, with a sparse, coalesced gradient of the keys: a row for each chosen slot."""
-    grad_query, _ = topk_scores_bwd(grad_scores, query, keys, None, indices, scale, (needs_query, False))
     weights = grad_scores if scale == 1.0 else grad_scores * scale
+    grad_query, _ = topk_scores_bwd(weights, query, keys, None, indices, 1.0, (needs_query, False))
     grad_keys = _gather_ops.weighted_gather_sparse_bwd(query, indices, weights, keys, False)[1]
     return grad_query if needs_query else None, grad_keys
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from helpers import FLOATS, dtype_id, patch_seed
+from helpers import FLOATS, dtype_id, load_tool, patch_seed
 
 try:
     from attnfast import _C
@@ -24,7 +22,6 @@ except ImportError:
     # No binary: the kernel tests must fail with attnfast's own error, not silently vanish.
     ISAS = ["missing"]
 
-ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = ["reference", *(f"cpu-{name}" for name in ISAS)]
 try:
     from attnfast.ops import has_cuda
@@ -173,11 +170,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 @pytest.fixture(scope="session")
 def simt() -> ModuleType:
     """The CUDA kernels under the SIMT emulator, built if need be: `make setup` does not wait for them."""
-    spec = importlib.util.spec_from_file_location("simt_tests", ROOT / "tools" / "simt_tests.py")
-    assert spec is not None and spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    sys.path.insert(0, str(tool.build_module()))
+    sys.path.insert(0, str(load_tool("simt_tests").build_module()))
     try:
         module = importlib.import_module("_simt")
     finally:

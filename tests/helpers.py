@@ -10,10 +10,13 @@ is the truth; in the dtype under test it is "plain torch in the same dtype", the
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
+from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
@@ -28,6 +31,16 @@ TENSOR_OPTIONS = ("mask", "bias", "sink")  # options that may carry a gradient
 def real(dtype: torch.dtype) -> torch.dtype:
     """The dtype a kernel accumulates in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def load_tool(name: str) -> ModuleType:
+    """A module of tools/, which is no package: tests look into what the Makefile runs."""
+    path = Path(__file__).resolve().parent.parent / "tools" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    return tool
 
 
 def dtype_id(dtype: torch.dtype) -> str:

@@ -9,7 +9,6 @@ filled by CuTe's layouts, the emulator runs it, and the result is read by CuTe's
 from __future__ import annotations
 
 import ast
-import importlib.util
 import re
 import subprocess
 from pathlib import Path
@@ -17,10 +16,10 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import load_tool
 
 pycute = pytest.importorskip("pycute", reason="nvidia-cutlass (requirements-no-deps.txt) is not installed")
 
-ROOT = Path(__file__).resolve().parent.parent
 ATOMS = Path(pycute.__file__).parents[1] / "cutlass_library" / "source" / "include" / "cute" / "atom"
 MMA = {
     "bf16": ("SM80_16x8x16_F32BF16BF16F32_TN", torch.bfloat16),
@@ -53,11 +52,7 @@ def trait(file: str, structure: str, name: str) -> Any:
 
 @pytest.fixture(scope="module")
 def program() -> Path:
-    spec = importlib.util.spec_from_file_location("simt_tests", ROOT / "tools" / "simt_tests.py")
-    assert spec is not None and spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    return tool.build("none", "attnfast_simt_primitives") / "attnfast_simt_primitives"
+    return load_tool("simt_tests").build("none", "attnfast_simt_primitives") / "attnfast_simt_primitives"
 
 
 def run(program: Path, instruction: str, text: str = "") -> list[str]:

@@ -8,7 +8,6 @@ too (``keep_off_fast_path``).
 
 from __future__ import annotations
 
-import weakref
 from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
@@ -17,8 +16,6 @@ from attnfast.nn import MultiheadAttention
 from attnfast.nn._multihead import keep_off_fast_path
 
 _Module = TypeVar("_Module", bound=nn.Module)
-# The hook of each module that was replaced here, so that restoring removes it and no other.
-_HOOKS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
 
 class Replacement(NamedTuple):
@@ -107,7 +104,7 @@ def replace_modules(model: _Module) -> _Module:
     for module in model.modules():
         if type(module) is nn.MultiheadAttention and "forward" not in vars(module):
             module.__class__ = MultiheadAttention
-            _HOOKS[module] = module.register_forward_pre_hook(keep_off_fast_path)
+            module.register_forward_pre_hook(keep_off_fast_path)
     return model
 
 
@@ -126,12 +123,9 @@ def restore_modules(model: _Module) -> _Module:
         if type(module) is not MultiheadAttention:
             continue
         module.__class__ = nn.MultiheadAttention  # type: ignore[assignment]
-        hook = _HOOKS.pop(module, None)
-        if hook is not None:
-            hook.remove()
         hooks = module._forward_pre_hooks
         for identity in [key for key, hook in hooks.items() if hook is keep_off_fast_path]:
-            del hooks[identity]  # of a copy, which no handle belongs to
+            del hooks[identity]  # not by its handle: a copy of a module has none
     return model
 
 

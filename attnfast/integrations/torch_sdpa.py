@@ -24,6 +24,7 @@ from torch.nn import attention as torch_attention
 from torch.overrides import TorchFunctionMode
 
 from attnfast import functional, ops
+from attnfast._prepare import default_scale
 from attnfast.ops import LN2, DotAttentionOptions
 
 __all__ = ["disable", "enable", "is_enabled", "override"]
@@ -32,8 +33,9 @@ NAME = "attnfast"
 _lock = threading.Lock()
 
 
-def _options(query: Tensor, key: Tensor, dropout_p: float, is_causal: bool, attn_mask: Tensor | None,
-             scale: float | None) -> tuple[Tensor | None, DotAttentionOptions]:  # fmt: skip
+def _options(
+    query: Tensor, dropout_p: float, is_causal: bool, attn_mask: Tensor | None, scale: float | None
+) -> tuple[Tensor | None, DotAttentionOptions]:
     """The bias and the options of a call that torch has checked and prepared."""
     if dropout_p != 0.0:
         raise ValueError(f"dropout_p: torch's CPU flash operator has no dropout, got {dropout_p}")
@@ -41,22 +43,20 @@ def _options(query: Tensor, key: Tensor, dropout_p: float, is_causal: bool, attn
     if attn_mask is not None:
         attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
         mask, bias = (attn_mask, None) if attn_mask.dtype == torch.bool else (None, attn_mask)
-    size = query.shape[3]
-    scale = (size**-0.5 if size else 1.0) if scale is None else scale
+    scale = default_scale("scaled_dot", query.shape[3]) if scale is None else scale
     return bias, DotAttentionOptions(mask=mask, scale=scale, causal=int(is_causal))
 
 
 def _tokens_first(x: Tensor) -> Tensor:
     """The layout that torch promises of these operators' results to torch.compile: [B, T, H, D] in memory."""
-    x = x.transpose(1, 2)
-    return x.contiguous().transpose(1, 2)
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _forward(
     query: Tensor, key: Tensor, value: Tensor, dropout_p: float = 0.0, is_causal: bool = False, *,
     attn_mask: Tensor | None = None, scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    bias, options = _options(query, key, dropout_p, is_causal, attn_mask, scale)
+    bias, options = _options(query, dropout_p, is_causal, attn_mask, scale)
     out, lse, _, _ = ops.dot_attention_fwd(query, key, value, bias, None, None, None, options, True)
     assert lse is not None
     return out, _tokens_first(lse * LN2)
@@ -66,7 +66,7 @@ def _backward(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor, dropout_p: float,
     is_causal: bool, *, attn_mask: Tensor | None = None, scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    bias, options = _options(query, key, dropout_p, is_causal, attn_mask, scale)
+    bias, options = _options(query, dropout_p, is_causal, attn_mask, scale)
     lse = (logsumexp * (1.0 / LN2)).contiguous()
     needs = (True, True, True, False, False, False, False)
     grads = ops.dot_attention_bwd(

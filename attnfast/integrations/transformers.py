@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from attnfast import functional
+from attnfast.nn._base import unpack
 
 __all__ = ["attention_forward", "register", "unregister"]
 
@@ -119,7 +120,7 @@ def attention_forward(
         query, key, value, mask=attention_mask, bias=position_bias, causal=causal, window=window, sink=s_aux,
         softcap=softcap or 0.0, scale=scaling, dropout_p=dropout, return_weights=bool(output_attentions),
     )  # fmt: skip
-    output, weights = (result, None) if isinstance(result, Tensor) else (result.output, result.weights)
+    output, weights = unpack(result)
     return output.transpose(1, 2).contiguous(), weights
 
 
