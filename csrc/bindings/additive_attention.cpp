@@ -15,11 +15,7 @@ py::object additive_attention_fwd(PyObject* const* items, Py_ssize_t given) {
   const TensorView value = args.tensor("value");
   const TensorView weight = args.tensor("weight");
   const TensorView score_bias = args.optional_tensor("score_bias");
-  const TensorView out = args.tensor("out");
-  const TensorView lse = args.optional_tensor("lse");
-  const TensorView weights = args.optional_tensor("weights");
-  const TensorView weights_index = args.optional_tensor("weights_index");
-  const int64_t weights_mode = args.integer("weights_mode");
+  const ResultArguments results = ResultArguments::read(args);
   AdditiveAttentionCall call;
   Modifiers modifiers;
   modifiers.read(args, call.params, nullptr);
@@ -27,7 +23,7 @@ py::object additive_attention_fwd(PyObject* const* items, Py_ssize_t given) {
   call.set_inputs(query, key, value);
   call.params.weight = set_vector(weight, call, &call.params.weight_by_head);
   call.params.score_bias = set_vector(score_bias, call, &call.params.score_bias_by_head);
-  call.set_results(out, lse, weights, weights_index, weights_mode);
+  call.set_results(results);
   call.set_modifiers(modifiers);
 
   {
@@ -47,18 +43,11 @@ py::object additive_attention_bwd(PyObject* const* items, Py_ssize_t given) {
   const TensorView score_bias = args.optional_tensor("score_bias");
   const TensorView out = args.tensor("out");
   const TensorView lse = args.tensor("lse");
-  const TensorView grad_weights = args.optional_tensor("grad_weights");
-  const TensorView weights_index = args.optional_tensor("weights_index");
-  const int64_t weights_mode = args.integer("weights_mode");
-  const TensorView delta_shift = args.optional_tensor("delta_shift");
-  const TensorView grad_query = args.optional_tensor("grad_query");
-  const TensorView grad_key = args.optional_tensor("grad_key");
-  const TensorView grad_value = args.optional_tensor("grad_value");
+  GradientArguments gradients;
+  gradients.read_of_operands(args);
   const TensorView grad_weight = args.optional_tensor("grad_weight");
   const TensorView grad_score_bias = args.optional_tensor("grad_score_bias");
-  const TensorView grad_bias[2] = {args.optional_tensor("grad_bias"), args.optional_tensor("grad_bias2")};
-  const TensorView grad_sink = args.optional_tensor("grad_sink");
-  const TensorView grad_center = args.optional_tensor("grad_center");
+  gradients.read_of_modifiers(args);
   AdditiveAttentionCall call;
   Modifiers modifiers;
   modifiers.read(args, call.params, nullptr);
@@ -70,24 +59,15 @@ py::object additive_attention_bwd(PyObject* const* items, Py_ssize_t given) {
   params.score_bias = set_vector(score_bias, call, &params.score_bias_by_head);
   call.check_out_shape(grad_out);
   params.grad_out = tensor4(grad_out);
-  call.check_out_shape(out);
-  params.out = tensor4(out);
-  call.check_rows_buffer(lse, call.real);
-  params.lse = lse.data;
+  call.set_forward(out, lse);
   // A workspace nobody else reads; doubles, so that either type fits.
   const std::unique_ptr<double[]> delta(new double[static_cast<size_t>(lse.numel())]);
   params.delta = delta.get();
-  if (delta_shift) {
-    call.check_rows_buffer(delta_shift, call.real);
-    params.delta_shift = delta_shift.data;
-  }
-  call.set_weights("grad_weights", grad_weights, weights_index, weights_mode);
-  if (grad_weights) params.grad_weights = call.weights_view(grad_weights);
-  call.set_gradients(grad_query, grad_key, grad_value);
+  call.set_gradients(gradients);
   params.grad_weight = set_vector_gradient(grad_weight, weight, call);
   params.grad_score_bias = set_vector_gradient(grad_score_bias, score_bias, call);
   call.set_modifiers(modifiers);
-  call.set_modifier_gradients(modifiers, grad_bias, grad_sink, grad_center);
+  call.set_modifier_gradients(modifiers, gradients);
   call.set_threads(threads);
 
   {

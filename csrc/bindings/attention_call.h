@@ -46,6 +46,42 @@ struct Modifiers {
   }
 };
 
+// What every forward takes for its results, in the order in which it lists them.
+struct ResultArguments {
+  TensorView out, lse, weights, weights_index;
+  int64_t weights_mode;
+
+  // In place, as every call of a small problem passes here: elements of a braced list are made from left to right.
+  static ResultArguments read(ArgReader& args) {
+    return {args.tensor("out"), args.optional_tensor("lse"), args.optional_tensor("weights"),
+            args.optional_tensor("weights_index"), args.integer("weights_mode")};
+  }
+};
+
+// What every backward takes from the gradient of the weights on, in the order in which it lists them; a core's own
+// gradients stand between the two runs.
+struct GradientArguments {
+  TensorView grad_weights, weights_index, delta_shift, grad_query, grad_key, grad_value, grad_bias[2], grad_sink,
+      grad_center;
+  int64_t weights_mode = 0;
+
+  void read_of_operands(ArgReader& args) {
+    grad_weights = args.optional_tensor("grad_weights");
+    weights_index = args.optional_tensor("weights_index");
+    weights_mode = args.integer("weights_mode");
+    delta_shift = args.optional_tensor("delta_shift");
+    grad_query = args.optional_tensor("grad_query");
+    grad_key = args.optional_tensor("grad_key");
+    grad_value = args.optional_tensor("grad_value");
+  }
+  void read_of_modifiers(ArgReader& args) {
+    grad_bias[0] = args.optional_tensor("grad_bias");
+    grad_bias[1] = args.optional_tensor("grad_bias2");
+    grad_sink = args.optional_tensor("grad_sink");
+    grad_center = args.optional_tensor("grad_center");
+  }
+};
+
 // One checked call: the parameters and what they point to beside the tensors.
 template <class Params>
 struct CallOf {
@@ -165,69 +201,81 @@ struct CallOf {
   }
 
   // What a forward writes.
-  void set_results(const TensorView& out, const TensorView& lse, const TensorView& weights, const TensorView& index,
-                   int64_t mode) {
-    check_out_shape(out);
-    check_writable(out);
-    params.out = tensor4(out);
-    if (lse) {
-      check_rows_buffer(lse, real);
-      params.lse = lse.data;
-    } else if (weights) {
+  void set_results(const ResultArguments& given) {
+    check_out_shape(given.out);
+    check_writable(given.out);
+    params.out = tensor4(given.out);
+    if (given.lse) {
+      check_rows_buffer(given.lse, real);
+      params.lse = given.lse.data;
+    } else if (given.weights) {
       reject("lse", "a tensor, because weights are asked for", "None");
     }
-    set_weights("weights", weights, index, mode);
-    if (weights) {
-      params.weights = weights_view(weights);
-      check_writable(weights);
+    set_weights("weights", given.weights, given.weights_index, given.weights_mode);
+    if (given.weights) {
+      params.weights = weights_view(given.weights);
+      check_writable(given.weights);
     }
   }
 
-  // What a backward writes for query, key and value.
-  void set_gradients(const TensorView& grad_query, const TensorView& grad_key, const TensorView& grad_value) {
-    if (grad_query) {
-      check_dtype(grad_query, dtype);
-      check_shape(grad_query,
+  // What a backward knows of its forward: out and lse.
+  void set_forward(const TensorView& out, const TensorView& lse) {
+    check_out_shape(out);
+    params.out = tensor4(out);
+    check_rows_buffer(lse, real);
+    params.lse = lse.data;
+  }
+
+  // What a backward is told of the weights' gradient and writes for query, key and value.
+  void set_gradients(const GradientArguments& given) {
+    if (given.delta_shift) {
+      check_rows_buffer(given.delta_shift, real);
+      params.delta_shift = given.delta_shift.data;
+    }
+    set_weights("grad_weights", given.grad_weights, given.weights_index, given.weights_mode);
+    if (given.grad_weights) params.grad_weights = weights_view(given.grad_weights);
+    if (given.grad_query) {
+      check_dtype(given.grad_query, dtype);
+      check_shape(given.grad_query,
                   {{"B", rows_batch}, {"H", params.heads}, {"T_q", params.query_tokens}, {"D", params.head_size}});
-      check_writable(grad_query);
-      params.grad_query = tensor4(grad_query);
+      check_writable(given.grad_query);
+      params.grad_query = tensor4(given.grad_query);
     }
-    if (grad_key) {
-      check_dtype(grad_key, dtype);
-      check_shape(grad_key,
+    if (given.grad_key) {
+      check_dtype(given.grad_key, dtype);
+      check_shape(given.grad_key,
                   {{"B", rows_batch}, {"H_kv", params.kv_heads}, {"T_k", params.key_tokens}, {"D", params.head_size}});
-      check_writable(grad_key);
-      params.grad_key = tensor4(grad_key);
+      check_writable(given.grad_key);
+      params.grad_key = tensor4(given.grad_key);
     }
-    if (grad_value) {
-      check_dtype(grad_value, dtype);
+    if (given.grad_value) {
+      check_dtype(given.grad_value, dtype);
       check_shape(
-          grad_value,
+          given.grad_value,
           {{"B", rows_batch}, {"H_kv", params.kv_heads}, {"T_k", params.key_tokens}, {"D_v", params.value_size}});
-      check_writable(grad_value);
-      params.grad_value = tensor4(grad_value);
+      check_writable(given.grad_value);
+      params.grad_value = tensor4(given.grad_value);
     }
   }
 
   // What a backward writes for biases, sink and prior; after set_modifiers.
-  void set_modifier_gradients(const Modifiers& given, const TensorView (&grad_bias)[2], const TensorView& grad_sink,
-                              const TensorView& grad_center) {
+  void set_modifier_gradients(const Modifiers& modifiers, const GradientArguments& given) {
     for (int i = 0; i < 2; ++i) {
-      if (!grad_bias[i]) continue;
-      if (!given.bias[i]) reject(grad_bias[i].name, "None without its bias", "a tensor");
-      check_dtype(grad_bias[i], real);
-      check_scores_shape(grad_bias[i]);
-      params.grad_bias[i] = tensor4(grad_bias[i]);
+      if (!given.grad_bias[i]) continue;
+      if (!modifiers.bias[i]) reject(given.grad_bias[i].name, "None without its bias", "a tensor");
+      check_dtype(given.grad_bias[i], real);
+      check_scores_shape(given.grad_bias[i]);
+      params.grad_bias[i] = tensor4(given.grad_bias[i]);
     }
-    if (grad_sink) {
-      if (!given.sink) reject("grad_sink", "None without sink", "a tensor");
-      check_buffer(grad_sink, real, {{"H", params.heads}});
-      params.grad_sink = grad_sink.data;
+    if (given.grad_sink) {
+      if (!modifiers.sink) reject("grad_sink", "None without sink", "a tensor");
+      check_buffer(given.grad_sink, real, {{"H", params.heads}});
+      params.grad_sink = given.grad_sink.data;
     }
-    if (grad_center) {
-      if (!given.center) reject("grad_center", "None without prior_center", "a tensor");
-      check_rows_buffer(grad_center, real);
-      params.grad_center = grad_center.data;
+    if (given.grad_center) {
+      if (!modifiers.center) reject("grad_center", "None without prior_center", "a tensor");
+      check_rows_buffer(given.grad_center, real);
+      params.grad_center = given.grad_center.data;
     }
   }
 

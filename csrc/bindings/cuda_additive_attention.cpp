@@ -11,14 +11,6 @@
 namespace attnfast {
 namespace {
 
-// Before the values of modifiers are looked at: what the kernels do not have is refused by name.
-void refuse_missing(AdditiveAttentionCall& call, const Modifiers& modifiers) {
-  call.params.cu_seqlens_q = static_cast<const int64_t*>(modifiers.cu_seqlens_q.data);
-  if (const char* missing = cuda::additive_attention_missing(call.params)) refuse(missing);
-  call.set_modifiers(modifiers);
-  if (const char* missing = cuda::additive_attention_missing(call.params)) refuse(missing);
-}
-
 void check_workspace(const TensorView& view, const AdditiveAttentionCall& call, int64_t wanted) {
   if (view) check_buffer(view, call.real, {{"elements", -1}});
   const int64_t got = view ? view.numel() : 0;
@@ -36,11 +28,7 @@ py::object additive_attention_fwd(PyObject* const* items, Py_ssize_t given) {
   const TensorView value = args.tensor("value");
   const TensorView weight = args.tensor("weight");
   const TensorView score_bias = args.optional_tensor("score_bias");
-  const TensorView out = args.tensor("out");
-  const TensorView lse = args.optional_tensor("lse");
-  const TensorView weights = args.optional_tensor("weights");
-  const TensorView weights_index = args.optional_tensor("weights_index");
-  const int64_t weights_mode = args.integer("weights_mode");
+  const ResultArguments results = ResultArguments::read(args);
   AdditiveAttentionCall call;
   call.on_device = kDevice != dlpack::kCpu;
   Modifiers modifiers;
@@ -50,8 +38,8 @@ py::object additive_attention_fwd(PyObject* const* items, Py_ssize_t given) {
   call.set_inputs(query, key, value);
   call.params.weight = set_vector(weight, call, &call.params.weight_by_head);
   call.params.score_bias = set_vector(score_bias, call, &call.params.score_bias_by_head);
-  call.set_results(out, lse, weights, weights_index, weights_mode);
-  refuse_missing(call, modifiers);
+  call.set_results(results);
+  set_modifiers_or_refuse(call, modifiers, cuda::additive_attention_missing);
   check_workspace(workspace, call, cuda::additive_attention_fwd_workspace(call.params));
   queue(args.device(), [&](void* stream) { cuda::additive_attention_fwd(call.params, workspace.data, stream); });
   return py::none();
@@ -67,18 +55,11 @@ py::object additive_attention_bwd(PyObject* const* items, Py_ssize_t given) {
   const TensorView score_bias = args.optional_tensor("score_bias");
   const TensorView out = args.tensor("out");
   const TensorView lse = args.tensor("lse");
-  const TensorView grad_weights = args.optional_tensor("grad_weights");
-  const TensorView weights_index = args.optional_tensor("weights_index");
-  const int64_t weights_mode = args.integer("weights_mode");
-  const TensorView delta_shift = args.optional_tensor("delta_shift");
-  const TensorView grad_query = args.optional_tensor("grad_query");
-  const TensorView grad_key = args.optional_tensor("grad_key");
-  const TensorView grad_value = args.optional_tensor("grad_value");
+  GradientArguments gradients;
+  gradients.read_of_operands(args);
   const TensorView grad_weight = args.optional_tensor("grad_weight");
   const TensorView grad_score_bias = args.optional_tensor("grad_score_bias");
-  const TensorView grad_bias[2] = {args.optional_tensor("grad_bias"), args.optional_tensor("grad_bias2")};
-  const TensorView grad_sink = args.optional_tensor("grad_sink");
-  const TensorView grad_center = args.optional_tensor("grad_center");
+  gradients.read_of_modifiers(args);
   AdditiveAttentionCall call;
   call.on_device = kDevice != dlpack::kCpu;
   Modifiers modifiers;
@@ -92,20 +73,12 @@ py::object additive_attention_bwd(PyObject* const* items, Py_ssize_t given) {
   params.score_bias = set_vector(score_bias, call, &params.score_bias_by_head);
   call.check_out_shape(grad_out);
   params.grad_out = tensor4(grad_out);
-  call.check_out_shape(out);
-  params.out = tensor4(out);
-  call.check_rows_buffer(lse, call.real);
-  params.lse = lse.data;
-  if (delta_shift) {
-    call.check_rows_buffer(delta_shift, call.real);
-    params.delta_shift = delta_shift.data;
-  }
-  call.set_weights("grad_weights", grad_weights, weights_index, weights_mode);
-  call.set_gradients(grad_query, grad_key, grad_value);
+  call.set_forward(out, lse);
+  call.set_gradients(gradients);
   params.grad_weight = set_vector_gradient(grad_weight, weight, call);
   params.grad_score_bias = set_vector_gradient(grad_score_bias, score_bias, call);
-  refuse_missing(call, modifiers);
-  call.set_modifier_gradients(modifiers, grad_bias, grad_sink, grad_center);
+  set_modifiers_or_refuse(call, modifiers, cuda::additive_attention_missing);
+  call.set_modifier_gradients(modifiers, gradients);
   check_workspace(workspace, call, cuda::additive_attention_bwd_workspace(params));
   queue(args.device(), [&](void* stream) { cuda::additive_attention_bwd(params, workspace.data, stream); });
   return py::none();

@@ -26,11 +26,7 @@ py::object dot_attention_fwd(PyObject* const* items, Py_ssize_t given) {
   const TensorView query = args.tensor("query");
   const TensorView key = args.tensor("key");
   const TensorView value = args.tensor("value");
-  const TensorView out = args.tensor("out");
-  const TensorView lse = args.optional_tensor("lse");
-  const TensorView weights = args.optional_tensor("weights");
-  const TensorView weights_index = args.optional_tensor("weights_index");
-  const int64_t weights_mode = args.integer("weights_mode");
+  const ResultArguments results = ResultArguments::read(args);
   CallOf<DotAttentionParams> call;
   call.on_device = true;  // under the emulator too, so that it runs what a GPU does
   Modifiers modifiers;
@@ -38,7 +34,7 @@ py::object dot_attention_fwd(PyObject* const* items, Py_ssize_t given) {
   const TensorView workspace = args.optional_tensor("workspace");
 
   call.set_inputs(query, key, value);
-  call.set_results(out, lse, weights, weights_index, weights_mode);
+  call.set_results(results);
   call.set_modifiers(modifiers);
   const int64_t needed = cuda::dot_attention_workspace(call.params);
   if (workspace) {
@@ -59,16 +55,9 @@ py::object dot_attention_bwd(PyObject* const* items, Py_ssize_t given) {
   const TensorView out = args.tensor("out");
   const TensorView lse = args.tensor("lse");
   const TensorView delta = args.tensor("delta");
-  const TensorView grad_weights = args.optional_tensor("grad_weights");
-  const TensorView weights_index = args.optional_tensor("weights_index");
-  const int64_t weights_mode = args.integer("weights_mode");
-  const TensorView delta_shift = args.optional_tensor("delta_shift");
-  const TensorView grad_query = args.optional_tensor("grad_query");
-  const TensorView grad_key = args.optional_tensor("grad_key");
-  const TensorView grad_value = args.optional_tensor("grad_value");
-  const TensorView grad_bias[2] = {args.optional_tensor("grad_bias"), args.optional_tensor("grad_bias2")};
-  const TensorView grad_sink = args.optional_tensor("grad_sink");
-  const TensorView grad_center = args.optional_tensor("grad_center");
+  GradientArguments gradients;
+  gradients.read_of_operands(args);
+  gradients.read_of_modifiers(args);
   CallOf<DotAttentionParams> call;
   call.on_device = true;
   Modifiers modifiers;
@@ -79,27 +68,14 @@ py::object dot_attention_bwd(PyObject* const* items, Py_ssize_t given) {
   call.set_inputs(query, key, value);
   call.check_out_shape(grad_out);
   params.grad_out = tensor4(grad_out);
-  call.check_out_shape(out);
-  params.out = tensor4(out);
-  call.check_rows_buffer(lse, call.real);
-  params.lse = lse.data;
+  call.set_forward(out, lse);
   check_buffer(delta, call.real,
                {{"planes", 3}, {"B", call.rows_batch}, {"H", params.heads}, {"T_q", params.query_tokens}});
   params.delta = delta.data;
-  if (delta_shift) {
-    call.check_rows_buffer(delta_shift, call.real);
-    params.delta_shift = delta_shift.data;
-  }
-  call.set_weights("grad_weights", grad_weights, weights_index, weights_mode);
-  if (grad_weights) params.grad_weights = call.weights_view(grad_weights);
-  call.set_gradients(grad_query, grad_key, grad_value);
-  // Before their values are looked at: what the kernels do not have is refused by name.
-  params.cu_seqlens_q = static_cast<const int64_t*>(modifiers.cu_seqlens_q.data);
-  if (const char* missing = cuda::dot_attention_bwd_missing(params)) refuse(missing);
-  call.set_modifiers(modifiers);
-  call.set_modifier_gradients(modifiers, grad_bias, grad_sink, grad_center);
+  call.set_gradients(gradients);
+  set_modifiers_or_refuse(call, modifiers, cuda::dot_attention_bwd_missing);
+  call.set_modifier_gradients(modifiers, gradients);
   call.set_threads(threads);
-  if (const char* missing = cuda::dot_attention_bwd_missing(params)) refuse(missing);
   queue(args.device(), [&](void* stream) { cuda::dot_attention_bwd(params, stream); });
   return py::none();
 }

@@ -19,17 +19,13 @@ py::object dot_attention_fwd(PyObject* const* items, Py_ssize_t given) {
   const TensorView query = args.tensor("query");
   const TensorView key = args.tensor("key");
   const TensorView value = args.tensor("value");
-  const TensorView out = args.tensor("out");
-  const TensorView lse = args.optional_tensor("lse");
-  const TensorView weights = args.optional_tensor("weights");
-  const TensorView weights_index = args.optional_tensor("weights_index");
-  const int64_t weights_mode = args.integer("weights_mode");
+  const ResultArguments results = ResultArguments::read(args);
   Call call;
   Modifiers modifiers;
   modifiers.read(args, call.params, &call.params.scale);
 
   call.set_inputs(query, key, value);
-  call.set_results(out, lse, weights, weights_index, weights_mode);
+  call.set_results(results);
   call.set_modifiers(modifiers);
 
   const KernelTable& table = kernels();
@@ -50,16 +46,9 @@ py::object dot_attention_bwd(PyObject* const* items, Py_ssize_t given) {
   const TensorView out = args.optional_tensor("out");
   const TensorView lse = args.optional_tensor("lse");
   const TensorView delta = args.optional_tensor("delta");
-  const TensorView grad_weights = args.optional_tensor("grad_weights");
-  const TensorView weights_index = args.optional_tensor("weights_index");
-  const int64_t weights_mode = args.integer("weights_mode");
-  const TensorView delta_shift = args.optional_tensor("delta_shift");
-  const TensorView grad_query = args.optional_tensor("grad_query");
-  const TensorView grad_key = args.optional_tensor("grad_key");
-  const TensorView grad_value = args.optional_tensor("grad_value");
-  const TensorView grad_bias[2] = {args.optional_tensor("grad_bias"), args.optional_tensor("grad_bias2")};
-  const TensorView grad_sink = args.optional_tensor("grad_sink");
-  const TensorView grad_center = args.optional_tensor("grad_center");
+  GradientArguments gradients;
+  gradients.read_of_operands(args);
+  gradients.read_of_modifiers(args);
   Call call;
   Modifiers modifiers;
   modifiers.read(args, call.params, &call.params.scale);
@@ -74,10 +63,7 @@ py::object dot_attention_bwd(PyObject* const* items, Py_ssize_t given) {
   }
   std::unique_ptr<double[]> own_delta;
   if (lse) {
-    call.check_out_shape(out);
-    params.out = tensor4(out);
-    call.check_rows_buffer(lse, call.real);
-    params.lse = lse.data;
+    call.set_forward(out, lse);
     if (delta) {
       call.check_rows_buffer(delta, call.real);
       params.delta = delta.data;
@@ -87,9 +73,9 @@ py::object dot_attention_bwd(PyObject* const* items, Py_ssize_t given) {
       params.delta = own_delta.get();
     }
   } else {
-    const bool only_operands = !modifiers.cu_seqlens_q && !modifiers.sink && !grad_weights && !delta_shift &&
-                               !grad_bias[0] && !grad_bias[1] && params.softcap == 0.0 && params.dropout_p == 0.0 &&
-                               params.prior_sigma == 0.0;
+    const bool only_operands = !modifiers.cu_seqlens_q && !modifiers.sink && !gradients.grad_weights &&
+                               !gradients.delta_shift && !gradients.grad_bias[0] && !gradients.grad_bias[1] &&
+                               params.softcap == 0.0 && params.dropout_p == 0.0 && params.prior_sigma == 0.0;
     if (params.key_tokens > kWholeRowKeys || !only_operands) {
       reject("lse",
              "a tensor (only calls with at most " + std::to_string(kWholeRowKeys) +
@@ -97,15 +83,9 @@ py::object dot_attention_bwd(PyObject* const* items, Py_ssize_t given) {
              "None");
     }
   }
-  if (delta_shift) {
-    call.check_rows_buffer(delta_shift, call.real);
-    params.delta_shift = delta_shift.data;
-  }
-  call.set_weights("grad_weights", grad_weights, weights_index, weights_mode);
-  if (grad_weights) params.grad_weights = call.weights_view(grad_weights);
-  call.set_gradients(grad_query, grad_key, grad_value);
+  call.set_gradients(gradients);
   call.set_modifiers(modifiers);
-  call.set_modifier_gradients(modifiers, grad_bias, grad_sink, grad_center);
+  call.set_modifier_gradients(modifiers, gradients);
   call.set_threads(threads);
 
   const KernelTable& table = kernels();
