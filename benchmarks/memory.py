@@ -13,6 +13,7 @@ import ctypes
 import gc
 import multiprocessing
 import os
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -58,12 +59,17 @@ def measure_here(suite: str, case_name: str, peer_name: str, which: str, threads
         workload = peer.build(case, case.inputs())
         with torch.set_grad_enabled(grad):
             run, _ = step(workload, which)
-            gc.collect()
-            libc.malloc_trim(0)
-            before = _field("VmRSS")
-            Path("/proc/self/clear_refs").write_text("5")
-            result = run()
-        del result
+            return peak_here(run)
+
+
+def peak_here(run: Callable[[], Any]) -> int:
+    """Bytes that one call of `run` adds, at its worst moment, to what this process holds."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    before = _field("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    result = run()
+    del result
     return max(0, _field("VmHWM") - before)
 
 

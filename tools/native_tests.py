@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cmake
@@ -37,14 +38,14 @@ def build(sanitizer: str) -> Path:
     return folder / "attnfast_native_test"
 
 
-def run(binary: Path, arguments: list[str]) -> int:
+def run(binary: Path, arguments: list[str]) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, **OPTIONS}
     environment.pop("ATTNFAST_ISA", None)
     command = [str(binary), *arguments]
     if sys.platform == "linux":
         # ThreadSanitizer of GCC 12 cannot place its shadow memory on kernels with many bits of address randomisation.
         command = ["setarch", "--addr-no-randomize", *command]
-    return subprocess.call(command, env=environment)
+    return subprocess.run(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def main() -> int:
@@ -53,17 +54,23 @@ def main() -> int:
     parser.add_argument("--cases", type=int, help="random calls per ISA variant")
     parser.add_argument("--first", type=int, default=0, help="number of the first call, to repeat a failure")
     given = parser.parse_args()
+    binaries = {}
     for sanitizer in given.sanitizers:
         start = time.perf_counter()
-        binary = build(sanitizer)
-        built = time.perf_counter()
+        binaries[sanitizer] = build(sanitizer)
+        print(f"native tests, sanitizer {sanitizer}: built in {time.perf_counter() - start:.0f} s", flush=True)
+
+    def one(sanitizer: str) -> int:
+        start = time.perf_counter()
         cases = given.cases or CASES[sanitizer]
-        status = run(binary, ["--cases", str(cases), "--first", str(given.first)])
-        print(f"native tests, sanitizer {sanitizer}: built in {built - start:.0f} s, ran in "
-              f"{time.perf_counter() - built:.0f} s, status {status}", flush=True)  # fmt: skip
-        if status != 0:
-            return 1
-    return 0
+        result = run(binaries[sanitizer], ["--cases", str(cases), "--first", str(given.first)])
+        print(f"{result.stdout}native tests, sanitizer {sanitizer}: ran in {time.perf_counter() - start:.0f} s, "
+              f"status {result.returncode}", flush=True)  # fmt: skip
+        return result.returncode
+
+    # Side by side: a program leaves processors idle where it tests one thread.
+    with ThreadPoolExecutor(len(binaries)) as pool:
+        return 1 if any(list(pool.map(one, binaries))) else 0
 
 
 if __name__ == "__main__":

@@ -13,11 +13,18 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import cmake
 import ninja
 import pybind11
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 ROOT = Path(__file__).resolve().parent.parent
 # What a run found, as in tests/simt/bugs.cpp. The sanitizers end a process with statuses chosen here.
@@ -106,12 +113,23 @@ def found_in(status: int) -> int:
     return status if 0 <= status <= WRONG | REPORT else 0
 
 
+def allowed(sanitizer: str) -> int:
+    """What a run of this build may be said to have found: its sanitizer's own finds, and what any run finds."""
+    return BUILDS[sanitizer] | WRONG | REPORT
+
+
+def side_by_side(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """Results in order; as many at once as there are processors. Each item runs one program, which uses one."""
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        return list(pool.map(work, items))
+
+
 def check_bugs(folders: dict[str, Path]) -> int:
     """Run every bug under every build and compare with the program's table."""
     failures = 0
     programs = {sanitizer: folder / "attnfast_simt_bugs" for sanitizer, folder in folders.items()}
-    for sanitizer, program in programs.items():
-        result = run(program, "sound")
+    sound = side_by_side(lambda program: run(program, "sound"), programs.values())
+    for sanitizer, result in zip(programs, sound, strict=True):
         if result.returncode != 0:
             print(f"FAILED: kernels without bugs, sanitizer {sanitizer}, status {result.returncode}")
             show(result)
@@ -120,11 +138,14 @@ def check_bugs(folders: dict[str, Path]) -> int:
     covered = 0
     for sanitizer in programs:
         covered |= BUILDS[sanitizer]
-    width = max(len(name) for name in listed[::2])
-    for name, wanted in zip(listed[::2], map(int, listed[1::2]), strict=True):
-        found = 0
-        for sanitizer, program in programs.items():
-            found |= found_in(run(program, name).returncode) & (BUILDS[sanitizer] | WRONG | REPORT)
+    names = listed[::2]
+    width = max(len(name) for name in names)
+
+    def finds(name: str) -> int:
+        statuses = {sanitizer: run(program, name).returncode for sanitizer, program in programs.items()}
+        return sum({check for s, code in statuses.items() for check in FOUND if found_in(code) & check & allowed(s)})
+
+    for name, wanted, found in zip(names, map(int, listed[1::2]), side_by_side(finds, names), strict=True):
         missing = wanted & covered & ~found
         if missing or (not found and covered & wanted):
             print(f"FAILED: {name} was not found by {', '.join(FOUND[c] for c in FOUND if missing & c)}")
@@ -142,8 +163,7 @@ def main() -> int:
         start = time.perf_counter()
         folders[sanitizer] = folder = build(sanitizer)
         built = time.perf_counter()
-        for name in PROGRAMS:
-            result = run_noting(folder, name)
+        for name, result in zip(PROGRAMS, side_by_side(partial(run_noting, folder), PROGRAMS), strict=True):
             print(f"{name}, sanitizer {sanitizer}: {result.stdout.strip().splitlines()[-1:]}")
             if result.returncode != 0:
                 print(f"FAILED: status {result.returncode}")

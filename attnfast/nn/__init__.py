@@ -10,6 +10,7 @@ from attnfast.nn._additive import BahdanauAttention, HardAttention, HardAttentio
 from attnfast.nn._attention import Attention, ContentAttention
 from attnfast.nn._base import MemoryAttention, ProjectedMemory
 from attnfast.nn._end_to_end_memory import EndToEndMemory, EndToEndMemoryOutput
+from attnfast.nn._glimpse import GlimpseSensor
 from attnfast.nn._key_value_memory import KeyValueMemory, KeyValueMemoryOutput
 from attnfast.nn._luong import LocationAttention, LuongAttention
 from attnfast.nn._memory_networks import (
@@ -32,6 +33,7 @@ __all__ = [
     "EndToEndMemory",
     "EndToEndMemoryOutput",
     "Generalization",
+    "GlimpseSensor",
     "HardAttention",
     "HardAttentionOutput",
     "InputMap",

