@@ -8,18 +8,26 @@ import torch
 from torch import Tensor
 
 
-def l2_operands(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+def l2_center(key: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of the finite keys of each head, ``[B, H_kv, 1, D]``, and how many there are, ``[B, H_kv, 1, 1]``."""
+    finite = key.detach().isfinite().all(-1, keepdim=True)
+    return key.detach().where(finite, 0.0).sum(2, keepdim=True), finite.sum(2, keepdim=True)
+
+
+def l2_operands(query: Tensor, key: Tensor, center: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Queries and keys with two more columns, so that their dot product is ``-|q - k|^2`` exactly.
 
-    ``[2q, -|q|^2, 1] . [k, 1, -|k|^2]``. Both are centred on the keys' mean first (the score does not depend on the
-    origin), since squared norms cancel. A non-finite row becomes NaN and passes its gradient through unchanged, so that
-    the zero gradient of a masked row stays zero.
+    ``[2q, -|q|^2, 1] . [k, 1, -|k|^2]``. Both are centred first, on `center` ``[B, H_kv, 1, D]`` or the keys' mean (the
+    score does not depend on the origin), since squared norms cancel. A non-finite row becomes NaN and passes its
+    gradient through unchanged, so that the zero gradient of a masked row stays zero.
     """
     finite_k = key.detach().isfinite().all(-1, keepdim=True)
     finite_q = query.detach().isfinite().all(-1, keepdim=True)
     safe_k, safe_q = key.where(finite_k, 0.0), query.where(finite_q, 0.0)
     if key.shape[2] > 0:
-        center = safe_k.detach().sum(2, keepdim=True) / finite_k.sum(2, keepdim=True).clamp_min(1)
+        if center is None:
+            total, count = l2_center(key)
+            center = total / count.clamp_min(1)
         safe_k = safe_k - center
         groups = query.shape[1] // max(center.shape[1], 1)
         safe_q = safe_q - (center if groups == 1 else center.repeat_interleave(groups, 1))
