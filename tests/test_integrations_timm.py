@@ -1,7 +1,7 @@
 """Tiny random models of timm with attnfast, against timm's own unfused path: logits and gradients.
 
-The models differ in their attention: plain, with a relative position bias that wants a gradient, in shifted windows with
-a mask, over channels, of a class token, of a learned query that pools.
+The models differ in their attention: plain, with a relative position bias that wants a gradient, in shifted windows
+with a mask, over channels, of a class token, of a learned query that pools.
 """
 
 from __future__ import annotations

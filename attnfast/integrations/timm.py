@@ -4,11 +4,10 @@
     model = timm.create_model("vit_base_patch16_224")
     attnfast_timm.replace_attention(model)
 
-timm's attention modules have a flag, ``fused_attn``: with it they call torch's ``scaled_dot_product_attention``, without
-it they compute the matrix of weights. The flag is set, for the modules that timm leaves unfused too (swin, levit's
-relatives: a bias that wants a gradient keeps torch's own fused kernel away, and not attnfast's), and the ``forward`` of
-each such module runs within :class:`attnfast.integrations.torch_sdpa.override`. What a module does around the
-call is timm's own code. timm itself is not imported here: the flag says which modules are meant.
+timm's attention modules have a flag, ``fused_attn``: with it they call torch's ``scaled_dot_product_attention``,
+without it they compute the matrix of weights. The flag is set, also where timm leaves it off (swin, visformer, xcit),
+and the ``forward`` of each such module runs within :class:`attnfast.integrations.torch_sdpa.override`. What a module
+does around the call is timm's own code. timm itself is not imported here: the flag says which modules are meant.
 
 Source of the flag: https://github.com/huggingface/pytorch-image-models, timm/layers/config.py.
 """
@@ -42,7 +41,7 @@ def _forward(module: nn.Module, before: _Before, *args: Any, **kwargs: Any) -> A
 
 
 def _before(module: nn.Module) -> _Before | None:
-    """What a replaced module was, None for any other. It travels with the module: copies and pickles can be restored."""
+    """What a replaced module was, None for any other; it travels with copies and pickles of the module."""
     forward = vars(module).get("forward")
     return forward.args[1] if isinstance(forward, functools.partial) and forward.func is _forward else None
 
@@ -104,7 +103,7 @@ def replace_attention(model: _Module) -> _Module:
         raise ValueError("model: no module of it has timm's flag fused_attn; attnfast.integrations.replace_modules and "
                          "torch_sdpa.override reach other models")  # fmt: skip
     for module in meant:
-        if _before(module) is None and not _refusal(module):
+        if not _refusal(module):
             before = _Before(bool(module.fused_attn))
             module.fused_attn = True  # type: ignore[assignment]
             module.forward = functools.partial(_forward, module, before)
