@@ -64,7 +64,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]] = {
                          lambda: {"sample": noise(2, 4, 8, 8), **conditioned()}),
     "unet, only cross": ("UNet2DConditionModel",
                          {**unet, **simple, "mid_block_only_cross_attention": True, "only_cross_attention": True},
-                         lambda: {"sample": noise(2, 4, 8, 8), **conditioned()}),
+                         lambda: {"sample": noise(2, 4, 8, 8), **conditioned(), "encoder_attention_mask": None}),
     "unet, attention on images": ("UNet2DModel",
                                   {"sample_size": 8, "block_out_channels": (16, 32), "layers_per_block": 1,
                                    "norm_num_groups": 8, "attention_head_dim": 8,

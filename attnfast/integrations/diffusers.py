@@ -249,7 +249,7 @@ def attention_backend(
             "not implement; use another backend for it"
         )
     if attn_mask is not None and attn_mask.shape == (query.shape[0], key.shape[1]):
-        attn_mask = attn_mask[:, None, None] & True if False else None
+        attn_mask = attn_mask[:, None, None]
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     return functional.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa

@@ -103,7 +103,7 @@ def replace_attention(model: _Module) -> _Module:
         raise ValueError("model: no module of it has timm's flag fused_attn; attnfast.integrations.replace_modules and "
                          "torch_sdpa.override reach other models")  # fmt: skip
     for module in meant:
-        if not _refusal(module):
+        if not _refusal(module):  # nor what is replaced already
             before = _Before(bool(module.fused_attn))
             module.fused_attn = True  # type: ignore[assignment]
             module.forward = functools.partial(_forward, module, before)
