@@ -11,11 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter, is_lazy
 
 
-def glorot_uniform_(x: Tensor) -> Tensor:
-    """Keras's default for kernels: all but the last two dimensions count as a receptive field, one counts twice."""
-    fan_in, fan_out = (x.shape[-2], x.shape[-1]) if x.dim() > 1 else (x.shape[0], x.shape[0])
-    field = x.shape[:-2].numel() if x.dim() > 2 else 1
-    bound = (6.0 / (field * (fan_in + fan_out))) ** 0.5
+def glorot_uniform_(x: Tensor, fan_in: int, fan_out: int) -> Tensor:
+    """Keras's default for kernels; a vector of D has both fans D, the kernel of a projection those of its matrix."""
+    bound = (6.0 / (fan_in + fan_out)) ** 0.5
     return nn.init.uniform_(x, -bound, bound)
 
 

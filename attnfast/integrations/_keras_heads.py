@@ -37,8 +37,9 @@ class Projection(LazyModuleMixin, nn.Module):
 
     def initialize_parameters(self, x: Tensor, sizes: tuple[int, ...]) -> None:
         if isinstance(self.kernel, UninitializedParameter):
-            self.kernel.materialize((*x.shape[-self.contracted :], *sizes))
-            glorot_uniform_(self.kernel)
+            inner = x.shape[-self.contracted :]
+            self.kernel.materialize((*inner, *sizes))
+            glorot_uniform_(self.kernel, inner.numel(), torch.Size(sizes).numel())
         if isinstance(self.bias, UninitializedParameter):
             self.bias.materialize(sizes)
             nn.init.zeros_(self.bias)

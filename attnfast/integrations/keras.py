@@ -202,8 +202,9 @@ class AdditiveAttention(LazyModuleMixin, Attention):
     def initialize_parameters(self, inputs: Sequence[Tensor], *_: Any, **__: Any) -> None:
         """Make the parameter, which needs the size of the query."""
         if isinstance(self.scale, UninitializedParameter):
-            self.scale.materialize((inputs[0].shape[-1],))
-            glorot_uniform_(self.scale)
+            size = inputs[0].shape[-1]
+            self.scale.materialize((size,))
+            glorot_uniform_(self.scale, size, size)
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
