@@ -272,6 +272,21 @@ def test_dtype_of_parameters() -> None:
     assert half.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("name", ["Attention", "AdditiveAttention", "MultiHeadAttention"])
+def test_compiled_whole(name: str) -> None:
+    x = torch.randn(2, 5, D)
+    layer = ours.MultiHeadAttention(2, 4) if name == "MultiHeadAttention" else getattr(ours, name)(use_scale=True)
+    given: Any = (x, x) if name == "MultiHeadAttention" else ([x, x],)
+    expected = layer(*given, use_causal_mask=True)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    got = compiled(*given, use_causal_mask=True)
+    torch.testing.assert_close(got, expected)
+    parameters = list(layer.parameters())
+    grads = [torch.autograd.grad(y.square().sum(), parameters) for y in (got, expected)]
+    torch.testing.assert_close(*grads)
+
+
 x = torch.zeros(1, 3, D)
 WRONG: dict[str, tuple[Any, type[Exception], str]] = {
     "no list": (lambda: ours.Attention()(x), TypeError, r"inputs: expected a list \[query, value\] or"),
