@@ -72,7 +72,7 @@ class ModulesCase:
         x, padding = inputs["x"], inputs["padding"].bool() if self.padded else None
         mask = None
         if self.causal:
-            mask = nn.Transformer.generate_square_subsequent_mask(self.tokens, dtype=x.dtype)
+            mask = nn.Transformer.generate_square_subsequent_mask(self.tokens, x.device, x.dtype)
         if self.layers:
             return (x,), {"mask": mask, "src_key_padding_mask": padding, "is_causal": self.causal}
         options = {"attn_mask": mask, "is_causal": self.causal, "key_padding_mask": padding}

@@ -20,7 +20,7 @@ class _Module(Peer):
         return module
 
     def build(self, case: ModulesCase, inputs: Inputs) -> Workload:
-        module = self.prepared(case.module())
+        module = self.prepared(case.module().to(inputs["x"].device))
         args, options = case.arguments(inputs)
 
         def call() -> torch.Tensor:

@@ -61,7 +61,13 @@ SUITES = {
         Suite("pkm", "Product-key memory", default=False, yardsticks=False, whole_memory=True),
         Suite("gpu", "Dot-product attention at the sizes of a GPU", default=False, yardsticks=False, gpu=True),
         Suite("store", "A memory under writes, deletes and reads", default=False, memory=False, yardsticks=False),
-        Suite("modules", "torch.nn.MultiheadAttention and TransformerEncoder", default=False, yardsticks=False),
+        Suite(
+            "modules",
+            "torch.nn.MultiheadAttention and TransformerEncoder",
+            default=False,
+            memory=False,
+            yardsticks=False,
+        ),
         Suite("model", "A transformer encoder on scikit-learn's digits"),
     )
 }
