@@ -61,6 +61,13 @@ SUITES = {
         Suite("pkm", "Product-key memory", default=False, yardsticks=False, whole_memory=True),
         Suite("gpu", "Dot-product attention at the sizes of a GPU", default=False, yardsticks=False, gpu=True),
         Suite("store", "A memory under writes, deletes and reads", default=False, memory=False, yardsticks=False),
+        Suite(
+            "modules",
+            "torch.nn.MultiheadAttention and TransformerEncoder",
+            default=False,
+            memory=False,
+            yardsticks=False,
+        ),
         Suite("model", "A transformer encoder on scikit-learn's digits"),
     )
 }
@@ -212,6 +219,7 @@ def _load() -> None:
         cases_gather,
         cases_gpu,
         cases_masks,
+        cases_modules,
         cases_overhead,
         cases_scaling,
         cases_store,
@@ -222,6 +230,7 @@ def _load() -> None:
         peers_additive,
         peers_gather,
         peers_gpu,
+        peers_modules,
         peers_store,
         peers_topk,
     )

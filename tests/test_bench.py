@@ -241,6 +241,7 @@ def test_required_cases_are_there() -> None:
         "pkm",
         "gpu",
         "store",
+        "modules",
         "model",
     )
     assert registry.default_suites() == ("dot", "additive", "topk", "threads", "masks", "overhead", "model")
@@ -266,6 +267,34 @@ def test_gather_peers_agree_with_the_oracle(case: Any) -> None:
         assert (found[1] is None) if peer.name == "fbgemm" else (found[1] is not None and found[1] < 1e-5)
         agreed.append(peer.name)
     assert agreed[0] == "attnfast" and (case.suite == "pkm" or agreed[1:3] == ["eager", "eager coalesced"])
+
+
+@pytest.mark.filterwarnings("ignore:.*nested.*")
+@pytest.mark.parametrize("case", registry.cases("modules"), ids=lambda case: case.name)
+def test_modules_peers_agree_with_the_oracle(case: Any) -> None:
+    small = case.small()
+    inputs = small.inputs()
+    oracle = small.oracle(inputs)
+    agreed = []
+    for peer in registry.peers(small):
+        try:
+            workload = peer.build(small, inputs)
+        except registry.Unsupported:
+            assert peer.name == "sdpa no fast path" and case.training
+            continue
+        with torch.set_grad_enabled(case.training):
+            found = measure.errors(small, peer, workload, inputs, oracle)
+        assert found[0] < 1e-5 and (found[1] is None) == (not case.training), (peer.name, found)
+        assert found[1] is None or found[1] < 1e-5, (peer.name, found)
+        agreed.append(peer.name)
+    assert agreed == ["attnfast", "sdpa", "sdpa no fast path"][: 2 if case.training else 3]
+
+
+def test_the_fast_path_is_the_peers_own_affair() -> None:
+    assert torch.backends.mha.get_fastpath_enabled()
+    with registry.find_peer("modules", "sdpa no fast path").context():
+        assert not torch.backends.mha.get_fastpath_enabled()
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_the_coalesced_peer_is_coalesced() -> None:

@@ -50,6 +50,69 @@ def test_everything_of_a_module_is_kept() -> None:
     assert seen == ["hook"]
 
 
+def test_hooks_of_every_kind_devices_and_modes_stay() -> None:
+    model = nn.ModuleDict({"first": nn.MultiheadAttention(16, 2, batch_first=True),
+                           "second": nn.MultiheadAttention(16, 2, batch_first=True).eval(),
+                           "third": nn.MultiheadAttention(16, 2, device="meta", dtype=torch.bfloat16)})  # fmt: skip
+    model.training = False  # the modes of a model need not agree
+    attention = model["first"]
+    attention.register_buffer("mark", torch.ones(3))
+    for parameter in model["second"].parameters():
+        parameter.requires_grad_(False)
+    seen: list[str] = []
+    attention.register_forward_pre_hook(lambda module, args, kwargs: seen.append("before"), with_kwargs=True)
+    attention.register_forward_hook(lambda *_: seen.append("after"))
+    attention.register_full_backward_pre_hook(lambda *_: seen.append("backward before"))
+    attention.register_full_backward_hook(lambda *_: seen.append("backward after"))
+    attention.register_state_dict_post_hook(lambda *_: seen.append("saved"))
+    attention.register_load_state_dict_post_hook(lambda *_: seen.append("loaded"))
+    order = ["before", "after", "backward before", "backward after", "saved", "loaded"]
+
+    def use() -> list[str]:
+        seen.clear()
+        x = torch.randn(1, 3, 16, requires_grad=True)
+        attention(x, x, x, need_weights=False)[0].sum().backward()
+        attention.load_state_dict(attention.state_dict())
+        return seen.copy()
+
+    kept = [(name, x, x.device, x.dtype, x.requires_grad) for name, x in model.named_parameters()]
+    modes = [module.training for module in model.modules()]
+    assert use() == order
+    replace_modules(model)
+    assert use() == order and all(r.replaced for r in replacements(model))
+    restore_modules(model)
+    assert use() == order
+    after = [(name, x, x.device, x.dtype, x.requires_grad) for name, x in model.named_parameters()]
+    assert all(x[1] is y[1] and (x[0], *x[2:]) == (y[0], *y[2:]) for x, y in zip(after, kept, strict=True))
+    assert [module.training for module in model.modules()] == modes == [False, True, True, False, False, True, True]
+    assert torch.equal(attention.mark, torch.ones(3))  # type: ignore[arg-type]
+
+
+def test_an_optimizer_made_before_goes_on_and_a_compiled_model_is_reached() -> None:
+    model = nn.TransformerEncoderLayer(16, 2, 16, dropout=0.0, batch_first=True)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    compiled = torch.compile(model, backend="eager")
+    x = torch.randn(2, 3, 16)
+    compiled(x)
+    replace_modules(compiled)
+    assert type(model.self_attn) is MultiheadAttention
+    before = model.self_attn.in_proj_weight.detach().clone()
+    torch.testing.assert_close(compiled(x), model(x))
+    compiled(x).square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(model.self_attn.in_proj_weight, before)
+
+
+@pytest.mark.filterwarnings("ignore:.*nested.*")
+def test_a_padded_batch_in_evaluation_comes_as_a_nested_tensor() -> None:
+    torchs = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 2).eval()
+    ours = replace_modules(copy.deepcopy(torchs))
+    x, padding = torch.randn(3, 5, 16), torch.arange(5) >= torch.tensor([[5], [2], [4]])
+    with torch.no_grad():
+        expected, got = (model(x, src_key_padding_mask=padding) for model in (torchs, ours))
+    torch.testing.assert_close(got[~padding], expected[~padding])
+
+
 def test_the_same_numbers_and_the_same_training() -> None:
     torchs = transformer()
     ours = replace_modules(copy.deepcopy(torchs))

@@ -4,9 +4,10 @@
     the attention modules of a model, in place
 ``torch_sdpa``
     ``torch.nn.functional.scaled_dot_product_attention``, for a process or a block of code
-``transformers``
-    an attention implementation of Hugging Face transformers, imported on its own:
-    ``from attnfast.integrations import transformers``
+``transformers``, ``diffusers``, ``timm``
+    models of these packages, each imported on its own: ``from attnfast.integrations import transformers``
+``keras``
+    Keras's attention layers as torch modules, likewise
 """
 
 from attnfast.integrations import torch_sdpa

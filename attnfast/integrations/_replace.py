@@ -100,7 +100,7 @@ def replace_modules(model: _Module) -> _Module:
     >>> before = model(source, target)
     >>> torch.testing.assert_close(replace_modules(model)(source, target), before)
     """
-    _check(model)
+    check_module(model)
     for module in model.modules():
         if type(module) is nn.MultiheadAttention and "forward" not in vars(module):
             module.__class__ = MultiheadAttention
@@ -118,7 +118,7 @@ def restore_modules(model: _Module) -> _Module:
     torch.nn.Module
         The same object.
     """
-    _check(model)
+    check_module(model)
     for module in model.modules():
         if type(module) is not MultiheadAttention:
             continue
@@ -129,6 +129,7 @@ def restore_modules(model: _Module) -> _Module:
     return model
 
 
-def _check(model: Any) -> None:
+def check_module(model: Any) -> None:
+    """Raise unless `model` is a module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")

@@ -162,11 +162,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         masks = self._masks(shape[0], shape[1], key.shape[1 if batch_first else 0], key_padding_mask, attn_mask,
                             is_causal)  # fmt: skip
         # [N, H, T, D] as views of the projections, whatever comes first: the kernels take any strides.
-        heads = [
-            x.unflatten(-1, (self.num_heads, self.head_dim)).permute((0, 2, 1, 3) if batch_first else (1, 2, 0, 3))
-            for x in self._project(query, key, value)
-        ]
-        context, weights = self._attend(heads[0], heads[1], heads[2], masks, need_weights)
+        order = (0, 2, 1, 3) if batch_first else (1, 2, 0, 3)
+        q, k, v = self._project(query, key, value)
+        context, weights = self._attend(q.permute(order), k.permute(order), v.permute(order), masks, need_weights)
         context = context.permute((0, 2, 1, 3) if batch_first else (2, 0, 1, 3)).flatten(2)
         output = linear(context, self.out_proj.weight, self.out_proj.bias)
         if weights is not None and average_attn_weights:
@@ -216,22 +214,26 @@ class MultiheadAttention(nn.MultiheadAttention):
         return _Masks(mask, bias, None)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of all heads, ``[..., E]``, in as few products as there are different inputs."""
+        """Queries, keys and values, ``[..., H, D]``, in as few products as there are different inputs."""
         weight, bias, size = self.in_proj_weight, self.in_proj_bias, self.embed_dim
-        if weight is None:
-            biases = (None, None, None) if bias is None else bias.chunk(3)
-            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-            q, k, v = (linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
+        heads = (self.num_heads, self.head_dim)
+        if weight is not None and query is key and key is value:
+            q, k, v = linear(query, weight, bias).view(*query.shape[:-1], 3, *heads).unbind(-3)
             return q, k, v
-        if query is key and key is value:
-            q, k, v = linear(query, weight, bias).unflatten(-1, (3, size)).unbind(-2)
-            return q, k, v
-        if key is value:
+        if weight is not None and key is value:
             q = linear(query, weight[:size], None if bias is None else bias[:size])
-            k, v = linear(key, weight[size:], None if bias is None else bias[size:]).unflatten(-1, (2, size)).unbind(-2)
-            return q, k, v
+            both = linear(key, weight[size:], None if bias is None else bias[size:])
+            k, v = both.view(*key.shape[:-1], 2, *heads).unbind(-3)
+            return q.view(*query.shape[:-1], *heads), k, v
+        if weight is None:
+            weights = [self.q_proj_weight, self.k_proj_weight, self.v_proj_weight]
+        else:
+            weights = list(weight.chunk(3))
         biases = (None, None, None) if bias is None else bias.chunk(3)
-        q, k, v = (linear(x, w, b) for x, w, b in zip((query, key, value), weight.chunk(3), biases, strict=True))
+        q, k, v = (
+            linear(x, w, b).view(*x.shape[:-1], *heads)
+            for x, w, b in zip((query, key, value), weights, biases, strict=True)
+        )
         return q, k, v
 
     def _masks(
@@ -265,6 +267,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         return _Masks(padding & attending, None, causal)
 
     def _check_shapes(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        itself = query is key and key is value and query.dim() in (2, 3)
+        if itself and query.shape[-1] == self.embed_dim == self.kdim == self.vdim:
+            return
         if query.dim() not in (2, 3) or query.shape[-1] != self.embed_dim:
             layout = "[N, T_q, E]" if self.batch_first else "[T_q, N, E]"
             raise ValueError(f"query: expected {layout} or [T_q, E] with E = {self.embed_dim}, got {list(query.shape)}")
@@ -293,7 +298,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             return query
         packed = {identity: torch.cat(each) for identity, each in sequences.items()}
         flat = (packed[id(query)], packed[id(key)], packed[id(value)])
-        q, k, v = (x.unflatten(-1, (self.num_heads, self.head_dim)) for x in self._project(*flat))
+        q, k, v = self._project(*flat)
         starts, key_starts = (torch.tensor([0, *each]).cumsum(0).to(query.device) for each in lengths[:2])
         context, _ = unpack(functional.varlen_attention(
             q, k, v, starts, key_starts, max(lengths[0]), max(lengths[1]),
