@@ -55,14 +55,20 @@ class Online(NamedTuple):
 
 def online_softmax(scores: np.ndarray, limit: float | None) -> Online:
     """Softmax of one row of base-2 scores, tile by tile. `limit` None: the maximum follows every tile. Else the shift
-    of the first tile stays until a sum passes the limit; that tile is done again with the maximum so far."""
+    of the first tile stays until a sum passes the limit; that tile is done again with the maximum so far, as the next
+    few are at once."""
+    exact_tiles, exact_left = constant("csrc/cpu/dot_attention_fwd.cpp", "kExactTiles"), 0.0
     shift, total, parts = -np.inf, 0.0, np.empty(0)
     found = Online([], [], [], [], np.empty(0))
     for start in range(0, len(scores), TILE):
         tile = scores[start : start + TILE]
-        trial = total + np.exp2(tile - shift).sum() if np.isfinite(shift) else np.inf
-        redo = limit is None or trial > limit
+        lazy = limit is not None and np.isfinite(shift) and exact_left == 0
+        exact_left = max(exact_left - 1, 0)
+        trial = total + np.exp2(tile - shift).sum() if lazy else np.nan
+        redo = bool(lazy and trial > limit)
         if redo:
+            exact_left = exact_tiles
+        if redo or not lazy:
             new = max(shift, tile.max())
             factor = np.exp2(shift - new) if np.isfinite(shift) else 0.0
             shift, total, parts = new, total * factor, parts * factor
@@ -71,8 +77,8 @@ def online_softmax(scores: np.ndarray, limit: float | None) -> Online:
         parts = np.concatenate([parts, exponentials])
         found.shift.append(shift)
         found.log2_sum.append(np.log2(total))
-        found.log2_seen.append(np.log2(trial) if np.isfinite(trial) else np.nan)
-        found.redone.append(redo and start > 0)
+        found.log2_seen.append(np.log2(trial))
+        found.redone.append(redo)
     return found._replace(weights=parts / total)
 
 
