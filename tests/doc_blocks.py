@@ -32,7 +32,7 @@ _SHOWN = "# ->"
 
 # Shell lines that no test runs: the start of the line, and why.
 NOT_RUN = {
-    "make ": "sets up, builds or measures; .ci/run runs the same targets",
+    "make ": "sets up, builds, measures or formats; test_commands_exist looks the target up",
     "pip install": "changes the environment; tools/check_package.py installs the package",
     "ATTNFAST_CUDA=": "builds the package; tools/check_package.py does",
     "python -m attnfast bench": "takes minutes; its options are checked, tests/test_bench.py runs the quick suites",
