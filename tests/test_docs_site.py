@@ -31,6 +31,7 @@ def checker() -> ModuleType:
 def site(tmp_path: Path, hooks: ModuleType, checker: ModuleType) -> Path:
     """The smallest site without a fault."""
     names = [name for package in checker.PACKAGES for name in hooks.public_names(package)]
+    names.append("attnfast.reference.attention")  # of a module: one of its functions
     pages = {
         "index.html": '<link rel="stylesheet" href="site.css"><a href="api/index.html#attnfast.attention">API</a>'
         '<a href="https://example.org">elsewhere</a><img src="data:image/png;base64,AA">',

@@ -92,7 +92,7 @@ def check_requests(site: Path, classes: set[str]) -> list[str]:
     problems = []
     for path in sorted(site.rglob("*.css")):
         text = path.read_text(encoding="utf-8")
-        for address in re.findall(r"(?:url\(|@import\s+)['\"]?([^'\")\s;]+)", text):
+        for address in re.findall(r"(?:@import\s+(?:url\()?|url\()['\"]?([^'\")\s;]+)", text):
             if is_elsewhere(address):
                 problems.append(f"{path.relative_to(site)}: loads {address}")
     for path in sorted(site.rglob("*.js")):
