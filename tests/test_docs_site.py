@@ -6,6 +6,9 @@ The site itself is built and checked by `make check-docs`.
 from __future__ import annotations
 
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -80,6 +83,33 @@ def test_a_missing_name_is_found(checker: ModuleType, site: Path, name: str) -> 
     page = site / "api" / "index.html"
     page.write_text(page.read_text().replace(f'id="{name}"', ""))
     assert checker.check(site) == [f"{name} is not on the pages of the API"]
+
+
+FAULTS = {
+    "": "",
+    "link": "[x](gone.md)",
+    "anchor": "[x](index.md#gone)",
+    "page outside of the navigation": "",
+    "reference": "[x][attnfast.gone]",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_make_docs_is_strict(fault: str, tmp_path: Path) -> None:
+    """The command of the Makefile, with the settings of mkdocs.yml, on a site of one page."""
+    (command,) = re.findall(r"^\t.*\$\(PYTHON\) (-m mkdocs build.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "index.md").write_text(f"# Start\n\n{FAULTS[fault]}\n")
+    if fault.startswith("page"):
+        (tmp_path / "docs" / "orphan.md").write_text("# Orphan\n")
+    config = tmp_path / "mkdocs.yml"
+    config.write_text(
+        f"INHERIT: {ROOT / 'mkdocs.yml'}\ndocs_dir: docs\nsite_dir: site\nhooks: []\nnav: [index.md]\nextra_css: []\n"
+    )
+    words = [sys.executable, *shlex.split(command), "--config-file", str(config)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode == 0) == (not fault), done.stderr
+    assert ("WARNING" in done.stderr) == bool(fault)
 
 
 def test_pages_of_the_api_list_every_name(hooks: ModuleType, checker: ModuleType) -> None:
