@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 import math
 import sys
@@ -64,7 +65,8 @@ def opennmt_attention() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`torch.cuda.amp.custom_", FutureWarning)
-            yield
+            importlib.import_module("onmt.modules.global_attention")
+        yield
     finally:
         for name in [name for name in sys.modules if name.split(".")[0] == "onmt"]:
             del sys.modules[name]
