@@ -1,12 +1,13 @@
 # make setup   virtual environment, pinned requirements, build
 # make test    set-up, then the tests
 # make bench   set-up, then the comparison with torch: tables, CSV and PNG in bench-results/
+# make docs    the documentation site in build/site
 # make profile where the cycles of a tile go, piece by piece, for each instruction set
-# make check   everything else that must hold: linters, layering, symbols, sanitizers, every ISA, packages
+# make check   everything else that must hold: linters, layering, symbols, sanitizers, every ISA, packages, documents
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup test bench profile check check-lint check-native check-simt check-cuda cuda-module check-isa check-package format clean help
+.PHONY: setup test bench docs profile check check-docs check-lint check-native check-simt check-cuda cuda-module check-isa check-package format clean help
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
@@ -48,10 +49,15 @@ test: setup
 bench: setup
 	$(PYTHON) -m attnfast bench --out bench-results
 
+# Broken links, unknown anchors and pages outside of the navigation are errors (mkdocs.yml), but not with --quiet, under
+# which mkdocs counts no warnings. The variable keeps the theme from advertising its successor.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
+
 profile: setup
 	$(PYTHON) tools/profile_kernels.py
 
-check: check-lint check-native check-simt cuda-module check-cuda check-isa check-package
+check: check-lint check-docs check-native check-simt cuda-module check-cuda check-isa check-package
 	@echo "make check: all good"
 
 check-lint: setup
@@ -61,6 +67,10 @@ check-lint: setup
 	$(VENV)/bin/clang-format --dry-run -Werror $(CPP_FILES)
 	$(PYTHON) -m pytest -q tests/test_layering.py
 	$(PYTHON) tools/check_symbols.py
+
+# The site as a browser would see it: nothing loaded from elsewhere, every public name in its place.
+check-docs: docs
+	$(PYTHON) tools/check_site.py
 
 # The kernels in a program of their own, once per sanitizer.
 check-native: setup

@@ -9,11 +9,14 @@ is the truth; in the dtype under test it is "plain torch in the same dtype", the
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 import importlib.util
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
@@ -41,6 +44,32 @@ def load_tool(name: str) -> ModuleType:
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
     return tool
+
+
+@contextlib.contextmanager
+def opennmt_attention() -> Iterator[None]:
+    """Within, ``onmt.modules.global_attention`` can be imported; afterwards nothing of onmt is in ``sys.modules``.
+
+    OpenNMT-py 3.5.1 is pinned in requirements-no-deps.txt: it asks for torch < 2.3 and much else. ``import onmt`` loads
+    the whole toolkit and fails, but its attention needs two other files alone. So the packages around them are stood in
+    for by empty modules that know where the files lie, and Python imports the three files as they were installed.
+    """
+    spec = importlib.util.find_spec("onmt")
+    assert spec is not None and spec.submodule_search_locations, "pip install --no-deps -r requirements-no-deps.txt"
+    (root,) = spec.submodule_search_locations
+    assert not any(name.split(".")[0] == "onmt" for name in sys.modules)
+    for name in ("onmt", "onmt.modules", "onmt.utils"):
+        package = ModuleType(name)
+        package.__path__ = [root + name.removeprefix("onmt").replace(".", "/")]
+        sys.modules[name] = package
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`torch.cuda.amp.custom_", FutureWarning)
+            importlib.import_module("onmt.modules.global_attention")
+        yield
+    finally:
+        for name in [name for name in sys.modules if name.split(".")[0] == "onmt"]:
+            del sys.modules[name]
 
 
 def dtype_id(dtype: torch.dtype) -> str:

@@ -1,22 +1,18 @@
 """OpenNMT-py's GlobalAttention gives the same numbers as LuongAttention (dot, general) and BahdanauAttention (mlp).
 
-OpenNMT-py 3.5.1 is pinned in requirements-no-deps.txt: it asks for torch < 2.3 and much else. ``import onmt`` loads the
-whole toolkit and fails, but its attention needs two other files alone. So the packages around them are stood in for by
-empty modules that know where the files lie, and Python imports the three files as they were installed.
+How it is imported says ``helpers.opennmt_attention``.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
-import types
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from helpers import opennmt_attention
 from torch import Tensor
 
 import attnfast
@@ -29,24 +25,13 @@ CLOSE = {"rtol": 1e-12, "atol": 1e-13}
 
 @pytest.fixture(scope="module")
 def peer() -> Iterator[Any]:
-    """Their class; nothing of onmt stays in ``sys.modules``."""
-    spec = importlib.util.find_spec("onmt")
-    assert spec is not None and spec.submodule_search_locations, "pip install --no-deps -r requirements-no-deps.txt"
-    (root,) = spec.submodule_search_locations
-    assert not any(name.split(".")[0] == "onmt" for name in sys.modules)
-    for name in ("onmt", "onmt.modules", "onmt.utils"):
-        package = types.ModuleType(name)
-        package.__path__ = [root + name.removeprefix("onmt").replace(".", "/")]
-        sys.modules[name] = package
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`torch.cuda.amp.custom_", FutureWarning)
+    with opennmt_attention():
         found = importlib.import_module("onmt.modules.global_attention").GlobalAttention
-    assert {name for name in sys.modules if name.startswith("onmt.") and hasattr(sys.modules[name], "__file__")} == {
-        "onmt.modules.global_attention", "onmt.modules.sparse_activations", "onmt.utils.misc",
-    }  # fmt: skip
-    yield found
-    for name in [name for name in sys.modules if name.split(".")[0] == "onmt"]:
-        del sys.modules[name]
+        files = {name for name in sys.modules if name.startswith("onmt.") and hasattr(sys.modules[name], "__file__")}
+        assert files == {
+            "onmt.modules.global_attention", "onmt.modules.sparse_activations", "onmt.utils.misc",
+        }  # fmt: skip
+        yield found
 
 
 def ours(theirs: Any) -> tuple[Any, dict[str, Tensor]]:
