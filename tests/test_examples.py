@@ -212,6 +212,11 @@ def test_an_unknown_backend_is_named() -> None:
 RUNS = {
     "translate en-de": ["translate.py", "--task", "en-de"],
     "translate en-fr reference": ["translate.py", "--task", "en-fr", "--backend", "reference", "--models", "bahdanau"],
+    "memory_qa world": ["memory_qa.py", "--part", "world"],
+    "memory_qa memn2n reference": ["memory_qa.py", "--part", "memn2n", "--backend", "reference"],
+    "memory_qa words": ["memory_qa.py", "--part", "words"],
+    "memory_qa scale": ["memory_qa.py", "--part", "scale", "--statements", "150"],
+    "memory_qa scale reference": ["memory_qa.py", "--part", "scale", "--backend", "reference"],
     "translate g2p": ["translate.py", "--task", "g2p", "--models", "mapped", "luong-feeding"],
 }
 
