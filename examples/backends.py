@@ -13,6 +13,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from time import perf_counter
 from types import ModuleType
 
 import attnfast
@@ -74,10 +75,9 @@ def compare(step: Callable[[], object], budget_s: float) -> Comparison:
     """Time `step` on both backends in turn within this process, then the peak of memory that each holds."""
 
     def sampler(name: str) -> Callable[[int], float]:
-        from time import perf_counter
-
         def sample(calls: int) -> float:
             with backend(name):
+                step()  # the exchange of functions leaves caches cold
                 start = perf_counter()
                 for _ in range(calls):
                     step()

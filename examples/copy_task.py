@@ -1,7 +1,7 @@
 """The copy task of neural Turing machines: read a sequence of random bits, then write it from memory, also longer ones.
 
-Graves, Wayne and Danihelka (2014, section 4.1): training sequences have 1 to 20 vectors of 8 bits; what was learnt is then
-tried on lengths up to 120. Beside the NTM, with one reading and one writing head, stands an LSTM.
+Graves, Wayne and Danihelka (2014, section 4.1): training sequences have 1 to 20 vectors of 8 bits; what was learnt is
+then tried on lengths up to 120. Beside the NTM, with one reading and one writing head, stands an LSTM.
 
     python examples/copy_task.py
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -120,8 +121,8 @@ def draw_errors(run: Experiment, sizes: Sizes, errors: dict[str, list[float]]) -
     axes.set_xlabel("length of the sequence")
     axes.set_ylabel("wrong bits, %")
     axes.legend()
-    run.figure("length", figure, "Share of wrong bits by length; guessing gives 50%. What lies right of the line was never"
-               " trained.")  # fmt: skip
+    run.figure("length", figure, "Share of wrong bits by length; guessing gives 50%. What lies right of the line was"
+               " never trained.")  # fmt: skip
 
 
 def draw_heads(run: Experiment, sizes: Sizes, model: nn.Module) -> None:
@@ -142,8 +143,8 @@ def draw_heads(run: Experiment, sizes: Sizes, model: nn.Module) -> None:
         axis.set_ylabel(title)
         axis.set_yticks([])
     axes[-1].set_xlabel("step")
-    run.figure("heads", figure, "Above: the bits and what was written from memory. Below: slots (rows) by step (columns); the"
-               " writing head leaves a trail, and the reading head follows it after the mark.")  # fmt: skip
+    run.figure("heads", figure, "Above: the bits and what was written from memory. Below: slots (rows) by step "
+               "(columns); the writing head leaves a trail, and the reading head follows it after the mark.")  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -158,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     errors: dict[str, list[float]] = {}
     rows = []
     for name, make in (("NTM", NTM), ("LSTM", LSTM)):
-        model = run.build(name, lambda make=make: make(sizes))
+        model = run.build(name, partial(make, sizes))
         optimizer = torch.optim.Adam(model.parameters(), lr=3e-3 if name == "NTM" else 5e-3)
 
         def loss_of(step: int, model: nn.Module = model) -> Tensor:

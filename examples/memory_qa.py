@@ -80,8 +80,8 @@ SOFT = {
 
 def world(run: Experiment, sizes: Sizes) -> None:
     run.text(f"Training: {sizes.stories} stories of 5 questions for each column; test: {sizes.test} others. A column is"
-             " the difficulty (how many statements before the question the first supporting one stands at most) and what"
-             " is asked. Memory networks are told the supporting statements in training, RNN and LSTM the answers alone."
+             " the difficulty (how many statements before the question the first supporting one is at most) and what is"
+             " asked. Memory networks are told the supporting statements in training, RNN and LSTM answers alone."
              f" Stories are the scripts' own, in the manner of the paper's; seed {run.options.seed}.")  # fmt: skip
     results: dict[str, list[float]] = {name: [] for name in WORLD}
     minutes = dict.fromkeys(WORLD, 0.0)
@@ -103,7 +103,7 @@ def world(run: Experiment, sizes: Sizes) -> None:
               ("model", *SETTINGS, "minutes"),
               [(name, *row, f"{minutes[name]:.1f}") for name, row in results.items()])  # fmt: skip
     draw_bars(run, "difficulty", list(SETTINGS), results, "Right answers by difficulty (the number) and kind of"
-              " question. Two facts and the time at which they were written are what the harder ones need.")  # fmt: skip
+              " question. The harder ones need two facts and the time at which they were written.")  # fmt: skip
     if run.options.backend == "reference":
         run.text("Facts are chosen one by one and hard, by products of small bags: no function of attnfast stands in"
                  " these models, so both backends do the same. See the parts memn2n and scale.")  # fmt: skip

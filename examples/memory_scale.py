@@ -250,5 +250,5 @@ def draw(run: Experiment, results: dict[str, dict[int, Read]]) -> None:
         axes.set_yscale("log")
     panels[2].set_ylim(0, 105)
     panels[0].legend(fontsize=7)
-    run.figure("scale", figure, "What a question costs and how often its answer is right, by the size of the memory; time"
+    run.figure("scale", figure, "What a question costs and how often its answer is right, by size of the memory; time"
                " is that of finding candidates and of reading.")  # fmt: skip

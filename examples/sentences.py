@@ -1,8 +1,8 @@
 """Sentence pairs for examples/translate.py: sums of numbers in words, and words with their pronunciations.
 
-`numbers` writes arithmetic in English and German or French with num2words, for instance "three hundred plus twelve". Every
-number of a test sentence is kept out of training, whichever sentence it stands in. `pronunciations` is CMUdict. A `Task`
-owns both vocabularies and draws batches; texts are tuples of tokens.
+`numbers` writes arithmetic in English and German or French with num2words, for instance "three hundred plus twelve".
+Every number of a test sentence is kept out of training, whichever sentence it stands in. `pronunciations` is CMUdict. A
+`Task` owns both vocabularies and draws batches; texts are tuples of tokens.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def numbers(language: str, quick: bool) -> Task:
     def sentences(generator: torch.Generator, size: int, kept: bool = False) -> list[Pair]:
         return [_sentence(generator, language, kept, most) for _ in range(size)]
 
-    every = [n for n in range(1000)] + list(range(1000, LARGEST + 1, 997))
+    every = list(range(1000)) + list(range(1000, LARGEST + 1, 997))
     source = Vocabulary([*JOINTS["en"], *(word for n in every for word in words_of(n, "en"))])
     target = Vocabulary([*JOINTS[language], *(word for n in every for word in words_of(n, language))])
     kept = torch.Generator().manual_seed(2026)

@@ -1,8 +1,8 @@
 """Encoder-decoders for examples/translate.py, each with the traps of its paper heeded, and beam search for all of them.
 
-A model encodes a batch once (`encode`) and then gives logits for the next token (`step`); its state is a tuple of tensors
-whose first axis is the batch, so that search can reorder it. `forward` gives the logits of all steps for a known target; a
-model whose steps do not depend on one another computes them side by side.
+A model encodes a batch once (`encode`) and then gives logits for the next token (`step`); its state is a tuple of
+tensors whose first axis is the batch, so that search can reorder it. `forward` gives the logits of all steps for a
+known target; a model whose steps do not depend on one another computes them side by side.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Encoder(nn.Module):
     """A bidirectional GRU or LSTM over embedded words; padding is neither read nor written."""
 
     def __init__(
-        self, words: int, embedding: int, hidden: int, kind: type[nn.RNNBase] = nn.GRU, dropout: float = 0.0
+        self, words: int, embedding: int, hidden: int, kind: type[nn.GRU] | type[nn.LSTM] = nn.GRU, dropout: float = 0.0
     ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(words, embedding, padding_idx=PAD)
@@ -167,8 +167,8 @@ class Luong(EncoderDecoder):
     """
 
     def __init__(
-        self, score: str, local: str | None, feeding: bool, source_words: int, target_words: int, embedding: int, hidden: int,
-        dropout: float, window: int = 5, max_length: int = 64,
+        self, source_words: int, target_words: int, embedding: int, hidden: int, dropout: float, score: str,
+        local: str | None = None, feeding: bool = False, window: int = 5, max_length: int = 64,
     ) -> None:  # fmt: skip
         super().__init__()
         self.encoder = Encoder(source_words, embedding, hidden // 2, nn.LSTM, dropout)

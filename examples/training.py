@@ -1,9 +1,9 @@
 """What every example shares: options, a run's folder, seeds, the training loop, checkpoints, logs, tables and results.
 
-A script describes data, models and pictures; an `Experiment` does the rest. It owns one folder: a CSV log and a checkpoint
-for each model it trains, figures, and ``results.md`` with what was printed and where it came from. Batches are drawn from
-``Experiment.generator(..., step)``, never from a stream, so a run that was stopped and resumed sees what an unbroken one
-sees, and so does a run on the other backend.
+A script describes data, models and pictures; an `Experiment` does the rest. It owns one folder: a CSV log and a
+checkpoint for each model it trains, figures, and ``results.md`` with what was printed and where it came from. Batches
+are drawn from ``Experiment.generator(..., step)``, never from a stream, so a run that was stopped and resumed sees what
+an unbroken one sees, and so does a run on the other backend.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from backends import BACKENDS, backend, compare
@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from attnfast.benchmarks.machine import environment
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
+Model = TypeVar("Model", bound=nn.Module)
 Loss = Callable[[int], Tensor]  # the number of a step -> its loss
 
 
@@ -85,7 +86,7 @@ class Experiment:
         digest = hashlib.sha256(repr((self.options.seed, *key)).encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
-    def build(self, label: str, make: Callable[[], nn.Module]) -> nn.Module:
+    def build(self, label: str, make: Callable[[], Model]) -> Model:
         """A model whose first weights depend on the seed and its label, not on what was built before it."""
         torch.manual_seed(int(self.generator(label).initial_seed()))
         return make()
@@ -280,7 +281,7 @@ class _State:
             return
         with safe_open(self.path, "pt") as file:
             state = json.loads(file.metadata()["state"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: not a mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}

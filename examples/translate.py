@@ -1,7 +1,7 @@
 """Sequence to sequence: what attention adds to an encoder-decoder, by the length of the source.
 
-Numbers in words from English to German or French, and spelling to pronunciation (CMUdict). The models: one context for the
-whole sentence in three forms, Bahdanau's, Luong's scores and windows, input feeding, and the Transformer.
+Numbers in words from English to German or French, and spelling to pronunciation (CMUdict). The models: one context for
+the whole sentence in three forms, Bahdanau's, Luong's scores and windows, input feeding, and the Transformer.
 
     python examples/translate.py --task g2p
     python examples/translate.py --task en-de --models mapped bahdanau --quick
@@ -67,7 +67,7 @@ def make(name: str, task: Task, sizes: Sizes) -> Maker:
     if name == "bahdanau":
         return lambda: Bahdanau(*shared)
     if name in LUONG:
-        return lambda: Luong(*LUONG[name], *shared)
+        return lambda: Luong(*shared, *LUONG[name])
     return lambda: Transformer(*words, sizes.hidden, sizes.heads, sizes.layers, sizes.dropout)
 
 
@@ -148,8 +148,8 @@ def draw_lengths(run: Experiment, task: Task, results: dict[str, list[Scores]]) 
     axes.set_ylabel("exactly right, %")
     axes.set_title(f"{task.name}: held-out sources")
     axes.legend(fontsize=7)
-    run.figure(f"{task.name}-length", figure, f"{task.name}: share of held-out sources that come out exactly right, by their"
-               " length. Dashed: one context for the whole source.")  # fmt: skip
+    run.figure(f"{task.name}-length", figure, f"{task.name}: share of held-out sources that come out exactly right, by"
+               " their length. Dashed: one context for the whole source.")  # fmt: skip
 
 
 def draw_alignment(run: Experiment, task: Task, name: str, model: EncoderDecoder, pair: Pair) -> None:
@@ -160,8 +160,8 @@ def draw_alignment(run: Experiment, task: Task, name: str, model: EncoderDecoder
     text = task.target_words.write(output)
     weights = alignment(model, batch.source, batch.lengths, output[: len(text)])
     axes = plot_alignment(weights[: len(text)], pair.source, text, title=f"{task.name}, {name}")
-    run.figure(f"{task.name}-{name}", axes.figure, f"{task.name}, {name}: each row is a token that was written, each column"
-               " one that was read.")  # fmt: skip
+    run.figure(f"{task.name}-{name}", axes.figure, f"{task.name}, {name}: each row is a token that was written, each"
+               " column one that was read.")  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -212,6 +212,11 @@ def test_an_unknown_backend_is_named() -> None:
 RUNS = {
     "translate en-de": ["translate.py", "--task", "en-de"],
     "translate en-fr reference": ["translate.py", "--task", "en-fr", "--backend", "reference", "--models", "bahdanau"],
+    "copy_task": ["copy_task.py"],
+    "caption": ["caption.py", "--backend", "reference"],
+    "glimpse": ["glimpse.py", "--task", "translated"],
+    "glimpse cluttered": ["glimpse.py", "--task", "cluttered"],
+    "language_model": ["language_model.py", "--backend", "reference"],
     "memory_qa world": ["memory_qa.py", "--part", "world"],
     "memory_qa memn2n reference": ["memory_qa.py", "--part", "memn2n", "--backend", "reference"],
     "memory_qa words": ["memory_qa.py", "--part", "words"],

@@ -1,4 +1,5 @@
-"""The retina of the recurrent attention model (Mnih et al. 2014): patches of several widths around a point, as one gather."""
+"""The retina of the recurrent attention model (Mnih et al. 2014): patches of several widths around a point, as one
+gather."""
 
 from __future__ import annotations
 
@@ -25,10 +26,8 @@ class GlimpseSensor(nn.Module):
     scales : int
         How many patches; each is twice as wide as the one before.
 
-    Notes
-    -----
-    The pixels of all samples and patches are read by one gather. There is a gradient with respect to the image, and none
-    with respect to l, where the paper has none either: places are learnt by REINFORCE.
+    Notes ----- The pixels of all samples and patches are read by one gather. There is a gradient with respect to the
+    image, and none with respect to l, where the paper has none either: places are learnt by REINFORCE.
 
     Examples
     --------
@@ -52,8 +51,8 @@ class GlimpseSensor(nn.Module):
         image : Tensor
             ``[B, C, H, W]``, floating.
         location : Tensor
-            ``[B, 2]``, floating: x (along W) and y (along H) of the centre, -1 to 1; beyond, the glimpse leaves the image.
-            Where a coordinate is NaN, so is the glimpse.
+            ``[B, 2]``, floating: x (along W) and y (along H) of the centre, -1 to 1; beyond, the glimpse leaves the
+            image. Where a coordinate is NaN, so is the glimpse.
 
         Returns
         -------
