@@ -8,7 +8,7 @@ the numbers of `small_world`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -213,6 +213,15 @@ def drawn(run: Experiment, setting: Setting, use: str, count: int, cast: Cast = 
     return collate(stories(count, *setting, seed, cast), seed)
 
 
+def splits(run: Experiment, setting: Setting, train: int, test: int) -> tuple[Data, Data, Data]:
+    """Questions for training, for validation (of a quarter as many stories as the test has), and for the test."""
+    data, held, last = (
+        drawn(run, setting, use, count)
+        for use, count in (("train", train), ("held out", max(1, test // 4)), ("test", test))
+    )
+    return data, held, last
+
+
 def some(run: Experiment, data: Data, step: int, size: int) -> Data:
     """The questions of one step."""
     return data.take(torch.randint(len(data.answer), (size,), generator=run.generator("batch", step)))
@@ -227,7 +236,7 @@ def accuracy(model: Model, data: Data) -> float:
 def learn(
     run: Experiment, label: str, model: Model, data: Data, held: Data, batch: int, steps: int, rate: float, clip: float,
     linear: int = 0,
-) -> tuple[Trained, Callable[[int], Tensor]]:  # fmt: skip
+) -> Trained:  # fmt: skip
     """Train with Adam; the best of some validations is kept. For the first `linear` steps MemN2N has no softmax."""
     optimizer = torch.optim.Adam(model.parameters(), lr=rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.05, cycle_momentum=False)
@@ -244,7 +253,7 @@ def learn(
                         validate_every=max(1, steps // 8), save_every=max(1, steps // 4))  # fmt: skip
     if linear:
         model.network.linear_start = False
-    return trained, loss_of
+    return trained
 
 
 def draw_bars(

@@ -14,14 +14,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from memory_models import EndToEnd, Facts, KeyValue, Recurrent, accuracy, draw_bars, drawn, learn
+from memory_models import EndToEnd, Facts, KeyValue, Model, Recurrent, accuracy, draw_bars, learn, some, splits
 from memory_scale import scale
 from memory_words import words
 from small_world import SETTINGS, Data, write
-from torch import nn
 from training import Experiment, parser
 
 
@@ -30,7 +28,6 @@ class Sizes:
     """Stories for training (each has 5 questions) and test, and how each kind of model learns."""
 
     stories: int
-    soft_stories: int
     test: int
     batch: int
     facts: tuple[int, int]  # size of embeddings, steps of training
@@ -38,14 +35,12 @@ class Sizes:
     soft: tuple[int, int]
 
 
-FULL = Sizes(
-    stories=600, soft_stories=600, test=600, batch=32, facts=(50, 4000), recurrent=(100, 1200), soft=(20, 6000)
-)
-QUICK = Sizes(stories=4, soft_stories=4, test=4, batch=4, facts=(4, 3), recurrent=(4, 3), soft=(4, 4))
+FULL = Sizes(stories=600, test=600, batch=32, facts=(50, 4000), recurrent=(100, 1800), soft=(20, 4000))
+QUICK = Sizes(stories=4, test=4, batch=4, facts=(4, 3), recurrent=(4, 3), soft=(4, 4))
 AGES = 50  # slots of MemN2N, and how many ages of a statement the key-value memory tells apart
 HARDEST = "5: actor, object"
 
-WORLD: dict[str, Callable[[Sizes], nn.Module]] = {
+WORLD: dict[str, Callable[[Sizes], Model]] = {
     "RNN": lambda sizes: Recurrent("RNN", sizes.recurrent[0]),
     "LSTM": lambda sizes: Recurrent("LSTM", sizes.recurrent[0]),
     "MemNN k=1": lambda sizes: Facts(1, False, sizes.facts[0]),
@@ -86,17 +81,14 @@ def world(run: Experiment, sizes: Sizes) -> None:
     results: dict[str, list[float]] = {name: [] for name in WORLD}
     minutes = dict.fromkeys(WORLD, 0.0)
     for setting in SETTINGS:
-        data, held, test = (
-            drawn(run, SETTINGS[setting], use, count)
-            for use, count in (("train", sizes.stories), ("held out", sizes.test // 4), ("test", sizes.test))
-        )
+        data, held, test = splits(run, SETTINGS[setting], sizes.stories, sizes.test)
         for name, make in WORLD.items():
             label = f"{name} {setting}".replace(":", "").replace(",", "")
-            model: Any = run.build(label, lambda make=make: make(sizes))
+            model = run.build(label, lambda make=make: make(sizes))
             recurrent = isinstance(model, Recurrent)
             steps = run.options.steps or (sizes.recurrent if recurrent else sizes.facts)[1]
             rate, clip = ((3e-3 if name == "LSTM" else 1e-3), 5.0) if recurrent else (1e-2, 100.0)
-            trained, _ = learn(run, label, model, data, held, sizes.batch, steps, rate, clip)
+            trained = learn(run, label, model, data, held, sizes.batch, steps, rate, clip)
             results[name].append(100 * accuracy(model, test))
             minutes[name] += trained.seconds / 60
     run.table("Answers of test questions that are right, %, by difficulty and kind of question",
@@ -111,43 +103,39 @@ def world(run: Experiment, sizes: Sizes) -> None:
 
 def memn2n(run: Experiment, sizes: Sizes) -> None:
     settings = ("1: actor, object", HARDEST)
-    run.text(f"Training: {sizes.soft_stories} stories of 5 questions for each column; test: {sizes.test} others. PE:"
-             " positions of words; LS: linear start, a quarter of the steps without softmax; RN: random noise in their"
-             " ages. No model is told which statements support an answer.")  # fmt: skip
+    run.text(f"Training: {sizes.stories} stories of 5 questions for each column; test: {sizes.test} others. PE:"
+             " positions of words; LS: linear start, a quarter of the steps without softmax; RN: gaps in the"
+             " ages of statements. No model is told which statements support an answer.")  # fmt: skip
     names = [*SOFT, "key-value 2 hops"]
     results: dict[str, list[float]] = {name: [] for name in names}
     minutes = dict.fromkeys(names, 0.0)
     size, steps = sizes.soft[0], run.options.steps or sizes.soft[1]
     for setting in settings:
-        data, held, test = (
-            drawn(run, SETTINGS[setting], use, count)
-            for use, count in (("train", sizes.soft_stories), ("held out", sizes.test // 4), ("test", sizes.test))
-        )
+        data, held, test = splits(run, SETTINGS[setting], sizes.stories, sizes.test)
         for name in names:
             label = f"{name} {setting}".replace(":", "").replace(",", "")
             row = SOFT.get(name)
-            model: Any = run.build(label, lambda row=row: row.make(size) if row else KeyValue(size, 2, AGES))
+            model = run.build(label, lambda row=row: row.make(size) if row else KeyValue(size, 2, AGES))
             linear = steps // 4 if row is not None and row.linear_start else 0
-            trained, loss_of = learn(run, label, model, data, held, sizes.batch, steps, 1e-2, 40.0, linear)
+            trained = learn(run, label, model, data, held, sizes.batch, steps, 1e-2, 40.0, linear)
             results[name].append(100 * accuracy(model, test))
             minutes[name] += trained.seconds / 60
             if setting == HARDEST and name == list(SOFT)[-1]:
                 draw_hops(run, model, test)
                 if run.options.backend == "reference":
-                    run.speed(name, model, loss_of)
+                    run.speed(name, model, lambda step: model.loss(some(run, data, step, sizes.batch)))  # noqa: B023
     run.table("Answers of test questions that are right, %, by difficulty and kind of question",
               ("model", *settings, "minutes"),
               [(name, *row, f"{minutes[name]:.1f}") for name, row in results.items()])  # fmt: skip
 
 
-def draw_hops(run: Experiment, model: Any, test: Data, count: int = 3) -> None:
+def draw_hops(run: Experiment, model: EndToEnd, test: Data, count: int = 3) -> None:
     """What each hop attends to: a column for each hop, a row for each statement."""
     from matplotlib import pyplot
 
     two = (test.supports[:, 0] != test.supports[:, 1]) & (test.lengths <= 14)
-    index = two.nonzero().flatten()
-    index = (index if len(index) else torch.arange(len(two)))[: 40 * count : 40][:count]
-    index = index if len(index) == count else torch.arange(count)
+    order = (~two).int().argsort(stable=True)  # questions of two facts and not too long a story first
+    index = order[torch.arange(count) * min(41, len(order) // count)]
     figure, panels = pyplot.subplots(1, count, figsize=(5 * count, 4.6), layout="constrained")
     for axes, number in zip(panels, index):
         one = test.take(number.unsqueeze(0))

@@ -44,7 +44,7 @@ class Sizes:
 
 
 FULL = Sizes(firsts=250, lasts=250, relations=20, things=1000, memories=(1_000, 10_000, 100_000, 1_000_000), size=64,
-             steps=3000, questions=200, clusters=1000, probes=16)  # fmt: skip
+             steps=10_000, questions=200, clusters=1000, probes=16)  # fmt: skip
 QUICK = Sizes(firsts=8, lasts=8, relations=4, things=10, memories=(50, 200), size=8, steps=3, questions=10, clusters=8,
               probes=2)  # fmt: skip
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from memory_models import Facts, Segmenter, accuracy, draw_bars, drawn, learn
-from small_world import ACTOR, KNOWN, OBJECT, SENTENCES, SETTINGS, STRANGE, Cast, Data, write
+from memory_models import Facts, Segmenter, accuracy, draw_bars, drawn, learn, splits
+from small_world import ACTOR, KNOWN, OBJECT, SENTENCES, SETTINGS, STRANGE, Cast, write
 from training import Experiment
 
 HARDEST = SETTINGS["5: actor, object"]
@@ -58,13 +58,13 @@ def words(run: Experiment) -> None:
 
 def streams(run: Experiment, sizes: Sizes) -> None:
     """Sentences or streams in, words or sentences out."""
-    data, held, test = _data(run, sizes, HARDEST)
+    data, held, test = splits(run, HARDEST, sizes.stories, sizes.test)
     steps = run.options.steps or sizes.steps
-    ranking: Any = run.build("ranking", lambda: Facts(2, True, sizes.size))
+    ranking = run.build("ranking", lambda: Facts(2, True, sizes.size))
     learn(run, "ranking", ranking, data, held, sizes.batch, steps, 1e-2, 100.0)
-    cutting: Any = run.build("segmenter", lambda: Segmenter(sizes.size))
+    cutting = run.build("segmenter", lambda: Segmenter(sizes.size))
     learn(run, "segmenter", cutting, data, held, sizes.batch, run.options.steps or sizes.cutting, 1e-2, 100.0)
-    writing: Any = run.build("writing", lambda: Facts(2, True, sizes.size, writes=True))
+    writing = run.build("writing", lambda: Facts(2, True, sizes.size, writes=True))
     learn(run, "writing", writing, data, held, sizes.batch, run.options.steps or sizes.writing, 5e-3, 20.0)
 
     cut = cutting.segmented(test)
@@ -89,11 +89,11 @@ def streams(run: Experiment, sizes: Sizes) -> None:
 
 def unseen(run: Experiment, sizes: Sizes) -> None:
     """Names in the test that training does not have."""
-    data, held, _ = _data(run, sizes, WHERE)
+    data, held, _ = splits(run, WHERE, sizes.stories, sizes.test)
     tests = {name: drawn(run, WHERE, "test", sizes.test, cast) for name, cast in CASTS.items()}
     results: dict[str, list[float]] = {}
     for name, options in UNSEEN.items():
-        model: Any = run.build(name, lambda options=options: Facts(2, True, sizes.size, **options))
+        model = run.build(name, lambda options=options: Facts(2, True, sizes.size, **options))
         if options:
             model.observe(data)
         learn(run, name.replace(",", ""), model, data, held, sizes.batch, run.options.steps or sizes.steps, 1e-2, 100.0)
@@ -105,9 +105,3 @@ def unseen(run: Experiment, sizes: Sizes) -> None:
               ("model", *CASTS), [(name, *row) for name, row in results.items()])  # fmt: skip
     draw_bars(run, "unseen", list(CASTS), results, "Right answers to where somebody or something is, by which of the"
               " names training does not have.")  # fmt: skip
-
-
-def _data(run: Experiment, sizes: Sizes, setting: tuple[int, tuple[str, ...]]) -> tuple[Data, Data, Data]:
-    uses = (("train", sizes.stories), ("held out", max(1, sizes.test // 4)), ("test", sizes.test))
-    data, held, test = (drawn(run, setting, use, count) for use, count in uses)
-    return data, held, test

@@ -308,7 +308,8 @@ class MemoryNetwork(nn.Module):
     hide : float
         See `InputMap`.
     contexts : ContextBags, optional
-        For words without an embedding; its `observe` is for the caller to call.
+        For words without an embedding; its `observe` is for the caller to call. R ranks words that have an embedding;
+        for others too, give it as `response`, with `words` (see `Response`).
     times, matches, mixed
         See `TextScore`; R has no times.
     input_map, generalization, output_map, response : Module, optional
