@@ -242,16 +242,17 @@ def learn(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.05, cycle_momentum=False)
 
     def loss_of(step: int) -> Tensor:
-        if linear:
+        if isinstance(model, EndToEnd):
             model.network.linear_start = step < linear
         return model.loss(some(run, data, step, batch))
 
     def validation() -> float:
-        return math.inf if linear and model.network.linear_start else 1 - accuracy(model, held)
+        linearly = isinstance(model, EndToEnd) and model.network.linear_start
+        return math.inf if linearly else 1 - accuracy(model, held)
 
     trained = run.train(label, model, loss_of, steps, optimizer, schedule=schedule, clip=clip, validate=validation,
                         validate_every=max(1, steps // 8), save_every=max(1, steps // 4))  # fmt: skip
-    if linear:
+    if isinstance(model, EndToEnd):
         model.network.linear_start = False
     return trained
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from memory_models import EndToEnd, Facts, KeyValue, Model, Recurrent, accuracy, draw_bars, learn, some, splits
@@ -84,7 +85,7 @@ def world(run: Experiment, sizes: Sizes) -> None:
         data, held, test = splits(run, SETTINGS[setting], sizes.stories, sizes.test)
         for name, make in WORLD.items():
             label = f"{name} {setting}".replace(":", "").replace(",", "")
-            model = run.build(label, lambda make=make: make(sizes))
+            model = run.build(label, partial(make, sizes))
             recurrent = isinstance(model, Recurrent)
             steps = run.options.steps or (sizes.recurrent if recurrent else sizes.facts)[1]
             rate, clip = ((3e-3 if name == "LSTM" else 1e-3), 5.0) if recurrent else (1e-2, 100.0)
@@ -115,12 +116,13 @@ def memn2n(run: Experiment, sizes: Sizes) -> None:
         for name in names:
             label = f"{name} {setting}".replace(":", "").replace(",", "")
             row = SOFT.get(name)
-            model = run.build(label, lambda row=row: row.make(size) if row else KeyValue(size, 2, AGES))
+            make: Callable[[], Model] = partial(KeyValue, size, 2, AGES) if row is None else partial(row.make, size)
+            model = run.build(label, make)
             linear = steps // 4 if row is not None and row.linear_start else 0
             trained = learn(run, label, model, data, held, sizes.batch, steps, 1e-2, 40.0, linear)
             results[name].append(100 * accuracy(model, test))
             minutes[name] += trained.seconds / 60
-            if setting == HARDEST and name == list(SOFT)[-1]:
+            if setting == HARDEST and name == list(SOFT)[-1] and isinstance(model, EndToEnd):
                 draw_hops(run, model, test)
                 if run.options.backend == "reference":
                     run.speed(name, model, lambda step: model.loss(some(run, data, step, sizes.batch)))  # noqa: B023

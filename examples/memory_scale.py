@@ -211,6 +211,7 @@ def ask(store: MemoryStore, asked: Tensor, right: Tensor, find: Callable[[int], 
         read = store.read(asked[i : i + 1], 1, candidates=lists, count=False)
         end = time.perf_counter()
         if number >= 0:
+            assert isinstance(read, Tensor)
             found.append(int(read))
             scored += len(store) if lists is None else len(lists[1])
             indexing, reading = indexing + middle - start, reading + end - middle

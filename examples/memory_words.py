@@ -7,6 +7,7 @@ without an embedding are known by their neighbours) and 3.6 (exact matches).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ def unseen(run: Experiment, sizes: Sizes) -> None:
     tests = {name: drawn(run, WHERE, "test", sizes.test, cast) for name, cast in CASTS.items()}
     results: dict[str, list[float]] = {}
     for name, options in UNSEEN.items():
-        model = run.build(name, lambda options=options: Facts(2, True, sizes.size, **options))
+        model = run.build(name, partial(Facts, 2, True, sizes.size, **options))
         if options:
             model.observe(data)
         learn(run, name.replace(",", ""), model, data, held, sizes.batch, run.options.steps or sizes.steps, 1e-2, 100.0)
