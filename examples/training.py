@@ -197,13 +197,16 @@ class Experiment:
             loss_of(0).backward()
 
         model.train()
-        measured = compare(step, budget_s=0.5 if self.options.quick else 10.0)
+        self.compare(f"One training step of {label}", step)
         model.zero_grad(set_to_none=True)
         model.eval()
+
+    def compare(self, title: str, step: Callable[[], object]) -> None:
+        """Time and memory of `step` on both backends, interleaved in this process."""
+        measured = compare(step, budget_s=0.5 if self.options.quick else 10.0)
         ratio = measured.ratio
         rows = [(name, 1e3 * measured.seconds[name].median, _mebibytes(measured.peak[name])) for name in BACKENDS]
-        self.table(f"One training step of {label}, {self.options.threads} thread(s)",
-                   ("backend", "ms", "peak memory, MiB"), rows)  # fmt: skip
+        self.table(f"{title}, {self.options.threads} thread(s)", ("backend", "ms", "peak memory, MiB"), rows)
         self.text(f"attnfast is {ratio.median:.2f} times as fast (quartiles {ratio.low:.2f} to {ratio.high:.2f}).")
 
     def finish(self) -> Path:

@@ -217,6 +217,11 @@ RUNS = {
     "glimpse": ["glimpse.py", "--task", "translated"],
     "glimpse cluttered": ["glimpse.py", "--task", "cluttered"],
     "language_model": ["language_model.py", "--backend", "reference"],
+    "memory_qa world": ["memory_qa.py", "--part", "world"],
+    "memory_qa memn2n reference": ["memory_qa.py", "--part", "memn2n", "--backend", "reference"],
+    "memory_qa words": ["memory_qa.py", "--part", "words"],
+    "memory_qa scale": ["memory_qa.py", "--part", "scale", "--statements", "150"],
+    "memory_qa scale reference": ["memory_qa.py", "--part", "scale", "--backend", "reference"],
     "translate g2p": ["translate.py", "--task", "g2p", "--models", "mapped", "luong-feeding"],
 }
 

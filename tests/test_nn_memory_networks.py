@@ -338,6 +338,44 @@ def test_response_ranks_words(name: str) -> None:
         torch.testing.assert_close(loss[b], term.clamp(min=0))
 
 
+def test_response_ranks_words_that_were_never_seen() -> None:
+    contexts = bags()
+    response = loud(Response(V, SIZE, margin=0.4, contexts=contexts, mixed=0.3, words=V + EXTRA))
+    question, fact = texts(B, J, seed=1, top=V + EXTRA), texts(B, J, seed=2, top=V + EXTRA)
+    got = response(text(question), [text(fact)])
+    assert got.shape == (B, V + EXTRA) and got[:, 0].eq(-math.inf).all()
+    for b in range(B):
+        rated = [by_hand(response.score, question[b].tolist(), [fact[b].tolist()], [w]) for w in range(1, V + EXTRA)]
+        torch.testing.assert_close(got[b, 1:], torch.stack(rated))
+    assert got[:, V:].std(-1).min() > 0.01, "unseen words are told apart"
+
+
+def test_response_hides_candidates_in_training_alone() -> None:
+    response = loud(Response(V, SIZE, contexts=bags(), words=V + EXTRA, hide=0.5))
+    given = text(texts(1, J, seed=1)), [text(texts(1, J, seed=2))]
+    own = response.eval()(*given)[0, 1:V]
+    with torch.no_grad():
+        word = torch.arange(1, V).view(1, -1, 1)
+        company = response.score(*given, Text(word, word < 0))[0]
+    torch.manual_seed(0)
+    response.train()
+    runs = torch.stack([response(*given)[0] for _ in range(400)]).detach()
+    assert runs[:, V:].std(0).max() == 0, "these have nothing to hide"
+    hidden = (runs[:, 1:V] - company).abs() < 1e-12
+    assert (hidden | ((runs[:, 1:V] - own).abs() < 1e-12)).all()
+    assert (hidden.double().mean(0) - 0.5).abs().max() < 5 * math.sqrt(0.25 / 400)
+
+
+@pytest.mark.parametrize("name", ["plain", "contexts"])
+def test_stored_texts_are_keys_whose_products_are_scores(name: str) -> None:
+    score, top = loud(TextScore(V, SIZE, **VARIANTS[name]())), V + EXTRA
+    question, facts = text(texts(B, J, seed=1, top=top)), [text(texts(B, J, seed=9, top=top))]
+    memory = text(texts(1, N, J, seed=2, top=top))
+    keys = score.stored(memory)
+    assert keys.shape == (1, N, SIZE)
+    torch.testing.assert_close(score.asked(question, facts) @ keys[0].t(), score(question, facts, memory))
+
+
 def test_wrong_answers_are_any_other_word(monkeypatch: pytest.MonkeyPatch) -> None:
     response, count, seen = loud(Response(V, SIZE)), 7000, []
     import attnfast.nn._memory_networks as networks
@@ -568,6 +606,12 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "slots": (lambda: Generalization(0), ValueError, "slots: expected an integer > 0, got 0"),
     "contexts": (lambda: ContextBags(5, 4), ValueError, "words: expected at least vocabulary = 5, got 4"),
     "vocabulary": (lambda: Response(2, 3), ValueError, "vocabulary: expected at least two words beside nil, got 2"),
+    "words of R": (lambda: Response(5, 3, words=6), ValueError, r"words: expected 5 <= words <= 5 \(those with"),
+    "too few words": (
+        lambda: Response(5, 3, words=4, contexts=ContextBags(5, 9)),
+        ValueError,
+        "words: expected 5 <= words <= 9",
+    ),
     "supports": (lambda: OutputMap(5, 3, supports=0), ValueError, "supports: expected an integer > 0, got 0"),
     "words": (lambda: InputMap(5)(torch.ones(3)), TypeError, "words: expected integers"),
     "story": (

@@ -305,7 +305,9 @@ class MemoryStore(StoreState):
         flat = query.reshape(leading.numel(), self.key_size)
         operands = (query, plan.score_weight, plan.score_bias)
         learning = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands)
-        usage = torch.zeros(self.capacity, dtype=torch.int64 if plan.topk else torch.float32, device=query.device)
+        usage = torch.empty(0)
+        if return_aux:  # a row of all slots, which other reads have no need to fill
+            usage = torch.zeros(self.capacity, dtype=torch.int64 if plan.topk else torch.float32, device=query.device)
         with self._lock.reading():
             book = self._current_book()
             # Slots from `end` on are free: no need to look at them, and often none to mask.

@@ -150,6 +150,11 @@ class Response(nn.Module):
         W and n.
     margin : float
         gamma.
+    words : int, optional
+        How many words are ranked; those from `vocabulary` on, which need `contexts`, by their neighbours. Default:
+        `vocabulary`.
+    hide : float
+        Probability that, in training, a ranked word is taken for one that was never seen, as in `InputMap`.
     **options
         Of `TextScore`: `contexts`, `matches`, `mixed`.
 
@@ -162,21 +167,32 @@ class Response(nn.Module):
     torch.Size([1, 9])
     """
 
-    def __init__(self, vocabulary: int, size: int, *, margin: float = 0.1, **options: Any) -> None:
+    def __init__(
+        self, vocabulary: int, size: int, *, margin: float = 0.1, words: int | None = None, hide: float = 0.0,
+        **options: Any,
+    ) -> None:  # fmt: skip
         super().__init__()
         if vocabulary < 3:
             raise ValueError(f"vocabulary: expected at least two words beside nil, got {vocabulary}")
-        self.margin = margin
+        self.margin, self.words = margin, vocabulary if words is None else words
         self.score = TextScore(vocabulary, size, **options)
+        self.candidates = InputMap(vocabulary, hide)
+        contexts = self.score.contexts
+        most = vocabulary if contexts is None else contexts.left.shape[0]
+        if not vocabulary <= self.words <= most:
+            raise ValueError(f"words: expected {vocabulary} <= words <= {most} (those with contexts), got {words}")
 
     def forward(self, question: Text, facts: Sequence[Text]) -> Tensor:
-        """Scores of all words, ``[B, W]``; nil has -inf."""
-        words = torch.arange(self.score.vocabulary, device=question.words.device).view(1, -1, 1)
-        scores = self.score(question, facts, Text(words, words > 0))
+        """Scores of all words, ``[B, words]``; nil has -inf."""
+        words = torch.arange(self.words, device=question.words.device).view(1, -1, 1)
+        scores = self.score(question, facts, self.candidates(words))
         return scores.masked_fill(words.view(1, -1) == 0, -torch.inf)
 
     def loss(self, question: Text, facts: Sequence[Text], answer: Tensor, negatives: Tensor | None = None) -> Tensor:
-        """``relu(gamma - s_R(x, r) + s_R(x, r'))`` of each sample, ``[B]``, with one word r' other than r ``[B]``."""
+        """``relu(gamma - s_R(x, r) + s_R(x, r'))`` of each sample, ``[B]``, with one word r' other than r ``[B]``.
+
+        Negatives are drawn from the words that have an embedding.
+        """
         if negatives is None:
             count = self.score.vocabulary - 1  # words are 1 ... count
             negatives = 1 + (answer - 1 + torch.randint_like(answer, 1, count)) % count
@@ -184,7 +200,7 @@ class Response(nn.Module):
         return torch.relu(self.margin - pick(scores, answer) + pick(scores, negatives))
 
     def extra_repr(self) -> str:
-        return f"margin={self.margin}"
+        return f"margin={self.margin}, words={self.words}"
 
 
 class RNNResponse(nn.Module):
@@ -264,7 +280,7 @@ class MemoryNetworkOutput(NamedTuple):
     Attributes
     ----------
     answers : Tensor
-        What R made of it: scores of all words ``[B, W]``, or with `RNNResponse` words ``[B, length]``.
+        What R made of it: scores of all words ``[B, words]``, or with `RNNResponse` words ``[B, length]``.
     places : Tensor
         The slots of the supporting facts, int64 ``[B, k]``.
     """
@@ -292,7 +308,8 @@ class MemoryNetwork(nn.Module):
     hide : float
         See `InputMap`.
     contexts : ContextBags, optional
-        For words without an embedding; its `observe` is for the caller to call.
+        For words without an embedding; its `observe` is for the caller to call. R ranks words that have an embedding;
+        for others too, give it as `response`, with `words` (see `Response`).
     times, matches, mixed
         See `TextScore`; R has no times.
     input_map, generalization, output_map, response : Module, optional

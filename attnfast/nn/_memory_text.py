@@ -230,9 +230,17 @@ class TextScore(nn.Module):
             total = total + self._bag(fact, 2)
         return total
 
+    def stored(self, texts: Text) -> Tensor:
+        r""":math:`U \Phi_y` of texts ``[..., J]`` without what depends on a question: ``[..., n]``.
+
+        Without `matches` and `mixed` its product with :meth:`asked` is the score, so these are keys for a memory of
+        many texts (:class:`attnfast.memory.MemoryStore`).
+        """
+        return self._bag(texts, 0)
+
     def forward(self, question: Text, supports: Sequence[Text], texts: Text) -> Tensor:
         """Scores ``[B, C]`` of texts ``[B, C, J]`` or, the same for all, ``[1, C, J]``."""
-        vectors = self._bag(texts, 0)
+        vectors = self.stored(texts)
         if self.matches is not None:
             sources = [question, *supports]
             for number, source in enumerate(sources):
