@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from time import perf_counter
 from types import ModuleType
 
-import attnfast
-from attnfast import functional, reference
 from attnfast.benchmarks.measure import Settings, Summary, interleave, quiet_gc
 from attnfast.benchmarks.memory import available, peak_here
+
+import attnfast
+from attnfast import functional, reference
 
 BACKENDS = ("attnfast", "reference")
 

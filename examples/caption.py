@@ -290,8 +290,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     side = PIXELS // 4
     uniform = 100 / GRID**2
     run.text(f"Pictures of {PIXELS} x {PIXELS} pixels, {side} x {side} annotation vectors of {sizes.channels}; {steps}"
-             f" steps of {sizes.batch}; {sizes.tested} test pictures with digits that were never seen. Uniform attention"
-             f" would put {uniform:.1f}% on any cell.")  # fmt: skip
+             f" steps of {sizes.batch}; {sizes.tested} test pictures with digits that were never seen. Uniform"
+             f" attention would put {uniform:.1f}% on any cell.")  # fmt: skip
     rows = []
     for name in ("soft", "hard"):
         model = run.build(name, partial(Captioner, sizes, name == "hard"))

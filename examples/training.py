@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from attnfast.benchmarks.machine import environment
 from backends import BACKENDS, backend, compare
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -29,8 +30,6 @@ from rich.table import Table
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-
-from attnfast.benchmarks.machine import environment
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 Model = TypeVar("Model", bound=nn.Module)
