@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import sys
 import time
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .._ext import has_cuda
-from . import CommandError
+from . import CommandError, described
 from ._benchmarks import load_benchmarks
 
 if TYPE_CHECKING:
@@ -23,14 +24,28 @@ _LINE_S = 30.0  # between two lines of progress where no bar can be shown
 _INTERRUPTED = 130  # the shell's exit status of a command that Ctrl-C ended
 _NEEDED = {"rich": "rich", "matplotlib": "matplotlib", "sklearn": "scikit-learn"}
 
+_EXAMPLES = """\
+examples:
+  python -m attnfast bench --quick                                     a first look in less than two minutes
+  python -m attnfast bench --suite dot --case causal --threads 1
+  python -m attnfast bench --isa avx2 --no-memory                      both sides held to AVX2
+  python -m attnfast bench --compare earlier/bench.csv                 the change since an earlier result
+  python -m attnfast bench --from bench-results/bench.csv --json       a result as JSON
+
+JSON: {"rows": [{...}], "interrupted": bool}, a row having the columns of bench.csv (null: not measured); with --list
+{"suites": {name: [{"case", "passes", "quick"}]}}.
+"""
+
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
+    parser = described(
+        commands,
         "bench",
         help="compare with PyTorch: time, memory, error",
         description="Time attnfast beside PyTorch's ways to compute the same thing, in turn inside one process, and "
-        "print tables. Writes DIR/bench.csv and DIR/bench.png. A ratio above 1 means attnfast is faster. Exit status 1 "
-        "when attnfast itself failed in a row.",
+        "print tables. Writes DIR/bench.csv and DIR/bench.png. A ratio above 1 means attnfast is faster.",
+        examples=_EXAMPLES,
+        failure="attnfast itself failed in a row",
     )
     parser.add_argument(
         "--suite",
@@ -64,6 +79,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
     parser.add_argument("--list", action="store_true", help="name the suites and cases and stop")
+    parser.add_argument("--json", action="store_true", help="print one JSON object; progress goes to stderr")
     parser.set_defaults(run=run)
 
 
@@ -111,25 +127,31 @@ def run(arguments: argparse.Namespace) -> int:
         if name == "gpu" and arguments.device == "cpu" and not (arguments.list or arguments.source):
             raise CommandError("suite 'gpu' takes hours on a CPU; it needs --device cuda")
     if arguments.list:
-        _list(registry, suites, arguments.quick)
+        _list(registry, suites, arguments.quick, arguments.json)
         return 0
 
     report = load_benchmarks("report")
-    console = report.make_console()
+    console = report.make_console(stderr=arguments.json)
     earlier = _read(arguments.compare) if arguments.compare else None  # a wrong path should not cost the whole run
     if arguments.readme and not arguments.readme.is_file():
         raise CommandError(f"--readme: there is no file {arguments.readme}")
     interrupted = False
+    if not arguments.source:
+        _make_folder(arguments.out)
     if arguments.source:
         rows = _read(arguments.source)
     else:
         rows, interrupted = _measure(arguments, suites, threads, console)
-    report.print_report(rows, console)
-    if earlier is not None:
+    if not arguments.json:
+        report.print_report(rows, console)
+    if earlier is not None and not arguments.json:
         console.print()
         load_benchmarks("compare").print_comparison(rows, earlier, console)
     if not arguments.source:
         _save(rows, arguments.out, console)
+    results = load_benchmarks("results")
+    if arguments.json:
+        print(json.dumps({"rows": [results.plain(row) for row in rows], "interrupted": interrupted}, indent=2))
     if interrupted:
         return _INTERRUPTED
     if arguments.readme:
@@ -138,7 +160,6 @@ def run(arguments: argparse.Namespace) -> int:
         except ValueError as error:
             raise CommandError(str(error)) from None
         console.print(f"Wrote the table of {arguments.readme}.")
-    results = load_benchmarks("results")
     return int(any(row.peer == registry.OURS and row.status != results.OK for row in rows))
 
 
@@ -210,8 +231,15 @@ def _measure(
     return execution.rows, interrupted
 
 
+def _make_folder(folder: Path) -> None:
+    """Before measuring, for a wrong path should not cost the whole run."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CommandError(f"--out: cannot make the folder {folder}: {error.strerror}") from None
+
+
 def _save(rows: Any, folder: Path, console: Console) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     load_benchmarks("results").write_csv(rows, folder / "bench.csv")
     written = [folder / "bench.csv"]
     sweep = load_benchmarks("sweep")
@@ -240,7 +268,14 @@ def _read(path: Path) -> Any:
     return rows
 
 
-def _list(registry: Any, suites: tuple[str, ...], quick: bool) -> None:
+def _list(registry: Any, suites: tuple[str, ...], quick: bool, as_json: bool) -> None:
+    if as_json:
+        named = {
+            suite: [{"case": c.name, "passes": list(c.passes), "quick": c.quick} for c in registry.cases(suite, quick)]
+            for suite in suites
+        }
+        print(json.dumps({"suites": named}, indent=2))
+        return
     for suite in suites:
         print(f"{suite}: {registry.SUITES[suite].title}")
         for case in registry.cases(suite, quick):
