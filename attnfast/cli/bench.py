@@ -29,11 +29,15 @@ examples:
   python -m attnfast bench --quick                                     a first look in less than two minutes
   python -m attnfast bench --suite dot --case causal --threads 1
   python -m attnfast bench --isa avx2 --no-memory                      both sides held to AVX2
+  python -m attnfast bench --suite functions --quick --save-history    every public function; kept by commit
+  python -m attnfast bench --suite functions --quick --compare release what became slower since the last release
   python -m attnfast bench --compare earlier/bench.csv                 the change since an earlier result
   python -m attnfast bench --from bench-results/bench.csv --json       a result as JSON
 
-JSON: {"rows": [{...}], "interrupted": bool}, a row having the columns of bench.csv (null: not measured); with --list
-{"suites": {name: [{"case", "passes", "quick"}]}}.
+JSON: {"rows": [{...}], "interrupted": bool}, a row having the columns of bench.csv (null: not measured); with --compare
+also "comparison": {"against": {"commit", "date", "attnfast", "torch", "cpu", "isa"}, "rows": [{"suite", "case", "pass",
+"threads", "peer", "old_ratio", "new_ratio", "change", "bound", "verdict"}], "slower": [names], "lost": [names]}; with
+--list {"suites": {name: [{"case", "passes", "quick"}]}}.
 """
 
 
@@ -45,15 +49,15 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Time attnfast beside PyTorch's ways to compute the same thing, in turn inside one process, and "
         "print tables. Writes DIR/bench.csv and DIR/bench.png. A ratio above 1 means attnfast is faster.",
         examples=_EXAMPLES,
-        failure="attnfast itself failed in a row",
+        failure="attnfast itself failed in a row, or with --compare became slower beyond the noise",
     )
     parser.add_argument(
         "--suite",
         action="append",
         metavar="NAME",
-        help="dot, additive, topk, threads, masks, overhead, model, accuracy, gather, pkm, store (a minute "
-        "or less each), sweep (T by D, ten minutes) or scaling (time and memory by T, minutes); repeatable (default: "
-        "all but the last six; on a GPU dot and gpu)",
+        help="dot, additive, topk, threads, masks, overhead, model, functions (each public function once), accuracy, "
+        "gather, pkm, store (a minute or less each), sweep (T by D, ten minutes) or scaling (time and memory by T, "
+        "minutes); repeatable (default: all but the last seven; on a GPU dot and gpu)",
     )
     parser.add_argument("--case", default="", metavar="TEXT", help="only cases whose name contains TEXT")
     parser.add_argument("--quick", action="store_true", help="fewer cases and rounds: less than two minutes")
@@ -72,7 +76,19 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="where to run (default: cuda where torch sees a GPU and attnfast has CUDA kernels, else cpu)",
     )
     parser.add_argument("--out", type=Path, default=Path("bench-results"), metavar="DIR", help="default: bench-results")
-    parser.add_argument("--compare", type=Path, metavar="CSV", help="also show the change since an earlier result")
+    parser.add_argument(
+        "--compare",
+        metavar="REF",
+        help="also report what changed since an earlier result: a bench.csv, or a run of the history: a commit, a "
+        "version, or `release` for the last one",
+    )
+    parser.add_argument(
+        "--save-history",
+        nargs="?",
+        const="",
+        metavar="FOLDER",
+        help="append the run to the history (default: benchmarks/history of the checkout)",
+    )
     parser.add_argument("--from", type=Path, dest="source", metavar="CSV", help="show this result instead of measuring")
     parser.add_argument(
         "--readme", type=Path, metavar="FILE", help="write the table of ratios between the markers of a Markdown file"
@@ -132,7 +148,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     report = load_benchmarks("report")
     console = report.make_console(stderr=arguments.json)
-    earlier = _read(arguments.compare) if arguments.compare else None  # a wrong path should not cost the whole run
+    earlier = _earlier(arguments) if arguments.compare else None  # a wrong path should not cost the whole run
+    history = None if arguments.save_history is None else _history_folder(arguments)
     if arguments.readme and not arguments.readme.is_file():
         raise CommandError(f"--readme: there is no file {arguments.readme}")
     interrupted = False
@@ -144,14 +161,15 @@ def run(arguments: argparse.Namespace) -> int:
         rows, interrupted = _measure(arguments, suites, threads, console)
     if not arguments.json:
         report.print_report(rows, console)
-    if earlier is not None and not arguments.json:
-        console.print()
-        load_benchmarks("compare").print_comparison(rows, earlier, console)
+    results = load_benchmarks("results")
+    shown: dict[str, Any] = {"rows": [results.plain(row) for row in rows], "interrupted": interrupted}
+    regressed = False
+    if earlier is not None:
+        shown["comparison"], regressed = _compare(rows, earlier, None if arguments.json else console)
     if not arguments.source:
         _save(rows, arguments.out, console)
-    results = load_benchmarks("results")
     if arguments.json:
-        print(json.dumps({"rows": [results.plain(row) for row in rows], "interrupted": interrupted}, indent=2))
+        print(json.dumps(shown, indent=2))
     if interrupted:
         return _INTERRUPTED
     if arguments.readme:
@@ -160,7 +178,10 @@ def run(arguments: argparse.Namespace) -> int:
         except ValueError as error:
             raise CommandError(str(error)) from None
         console.print(f"Wrote the table of {arguments.readme}.")
-    return int(any(row.peer == registry.OURS and row.status != results.OK for row in rows))
+    if history is not None:
+        _append(rows, history, console)
+    failed = any(row.peer == registry.OURS and row.status != results.OK for row in rows)
+    return int(failed or regressed)
 
 
 def _hold_to(isa: str) -> None:
@@ -229,6 +250,57 @@ def _measure(
     if execution.left_out:
         console.print(f"Left out for lack of time: {', '.join(execution.left_out)}.", style="yellow", markup=False)
     return execution.rows, interrupted
+
+
+def _earlier(arguments: argparse.Namespace) -> Any:
+    """The rows that --compare names: of a file, or of a run in the history."""
+    path = Path(arguments.compare)
+    if path.suffix == ".csv" or path.is_file():
+        return _read(path)
+    history = load_benchmarks("history")
+    here = _read(arguments.source)[0] if arguments.source else None
+    if here is None:
+        found = load_benchmarks("machine").environment(arguments.device)
+        here = load_benchmarks("results").Row("", "", "", 0, "", cpu=found["cpu"], isa=found["isa"])
+    try:
+        return history.find(arguments.compare, _history_folder(arguments), here)
+    except LookupError as error:
+        raise CommandError(f"--compare: {error.args[0]}") from None
+
+
+def _history_folder(arguments: argparse.Namespace) -> Path:
+    """The folder that --save-history names, by default the checkout's."""
+    given: str = arguments.save_history or ""
+    return Path(given or load_benchmarks("history").FOLDER)
+
+
+def _compare(rows: Any, earlier: Any, console: Console | None) -> tuple[dict[str, Any], bool]:
+    """The comparison as plain data, and whether anything became worse."""
+    history, compare = load_benchmarks("history"), load_benchmarks("compare")
+    judgements, lost = history.judge(rows, earlier), history.lost(rows, earlier)
+    slower = [row.name for row in judgements if row.verdict == "slower"]
+    if console is not None:
+        console.print()
+        compare.print_comparison(rows, earlier, console)
+        compare.print_judgements(judgements, lost, console)
+    before = earlier[0]
+    found = {
+        "against": {name: getattr(before, name) for name in ("commit", "date", "attnfast", "torch", "cpu", "isa")},
+        "rows": [row.as_dict() for row in judgements],
+        "slower": slower,
+        "lost": lost,
+    }
+    return found, bool(slower or lost)
+
+
+def _append(rows: Any, folder: Path, console: Console) -> None:
+    try:
+        path, count = load_benchmarks("history").append(rows, folder)
+    except ValueError as error:
+        raise CommandError(f"--save-history: {error}") from None
+    except OSError as error:
+        raise CommandError(f"--save-history: cannot write into {folder}: {error.strerror}") from None
+    console.print(f"Added {count} rows to {path}.", soft_wrap=True)
 
 
 def _make_folder(folder: Path) -> None:
