@@ -6,7 +6,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup test bench profile check check-lint check-native check-simt check-cuda cuda-module check-isa check-package check-aarch64 format clean help
+.PHONY: setup test bench profile check check-lint check-native check-simt check-cuda cuda-module check-isa check-package check-torch check-aarch64 format clean help
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
@@ -93,6 +93,11 @@ check-isa: setup
 # sdist, wheel from the sdist in an isolated build, installed and used outside the repository.
 check-package: setup
 	$(PYTHON) tools/check_package.py
+
+# One wheel under the ends of the range of torch versions. Not part of `make check`: the first time it downloads 1.5 GB, which
+# stay in build/torch-versions.
+check-torch: setup
+	$(PYTHON) tools/check_torch_versions.py
 
 format: setup
 	$(PYTHON) -m ruff check --fix .
