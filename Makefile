@@ -94,8 +94,8 @@ check-isa: setup
 check-package: setup
 	$(PYTHON) tools/check_package.py
 
-# One wheel under the ends of the range of torch versions. Not part of `make check`: the first time it downloads 1.5 GB, which
-# stay in build/torch-versions.
+# One wheel under the ends of the range of torch versions. Not part of `make check`: the first time it downloads 1.5 GB,
+# which stay in build/torch-versions.
 check-torch: setup
 	$(PYTHON) tools/check_torch_versions.py
 

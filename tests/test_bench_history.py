@@ -188,6 +188,15 @@ def test_the_report_and_its_status(kept: tuple[Path, Path], capsys: pytest.Captu
         monkey.undo()
 
 
+def test_nothing_to_compare_is_no_success(
+    kept: tuple[Path, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(history, "FOLDER", kept[0])
+    results.write_csv(run(NEW, {"another": 2.0}), kept[1])
+    assert cli.main(["bench", "--from", str(kept[1]), "--compare", OLD]) == 2
+    assert "--compare: the two results have no row with the same peer" in capsys.readouterr().err
+
+
 def test_the_report_as_json(
     kept: tuple[Path, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

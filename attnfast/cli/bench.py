@@ -180,6 +180,8 @@ def run(arguments: argparse.Namespace) -> int:
         console.print(f"Wrote the table of {arguments.readme}.")
     if history is not None:
         _append(rows, history, console)
+    if earlier is not None and not shown["comparison"]["rows"] and not regressed:
+        raise CommandError("--compare: the two results have no row with the same peer, so there was nothing to compare")
     failed = any(row.peer == registry.OURS and row.status != results.OK for row in rows)
     return int(failed or regressed)
 
