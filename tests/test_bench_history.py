@@ -259,3 +259,10 @@ def test_both_sides_compute_the_same(case: Any) -> None:
             torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=1e-3, msg=f"{peer.name}: {name}")
         agreed.append(peer.name)
     assert agreed in (["attnfast", "sdpa"], ["attnfast", "eager"])
+
+
+def test_the_recorded_history_can_be_read() -> None:
+    rows = history.read_all(history.FOLDER)
+    assert {row.case for row in rows} >= {case.name for case in registry.cases("functions")}
+    assert all(row.commit and row.date and row.cpu and row.isa and row.torch and row.time_ms for row in rows)
+    assert {row.peer for row in rows} == {"attnfast", "sdpa", "eager"}
