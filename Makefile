@@ -6,7 +6,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup test bench profile check check-lint check-native check-simt check-cuda cuda-module check-isa check-package check-torch check-aarch64 format clean help
+.PHONY: setup test bench profile check check-lint check-native check-simt check-cuda cuda-module check-isa check-package check-torch check-arm format clean help
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
@@ -68,7 +68,7 @@ check-native: setup
 
 # The same program for 64-bit ARM under QEMU. Not part of `make check`: it needs a cross compiler and the emulator (Debian:
 # g++-aarch64-linux-gnu, qemu-user-static).
-check-aarch64: setup
+check-arm: setup
 	$(PYTHON) tools/native_tests.py none --cross aarch64-linux-gnu --emulator qemu-aarch64-static --cases 150
 
 # The CUDA kernels on the CPU, under the SIMT emulator, and the proof that its checks find bugs.

@@ -26,13 +26,13 @@ _NEEDED = {"rich": "rich", "matplotlib": "matplotlib", "sklearn": "scikit-learn"
 
 _EXAMPLES = """\
 examples:
-  python -m attnfast bench --quick                                     a first look in less than two minutes
+  python -m attnfast bench --quick                                        a first look in less than two minutes
   python -m attnfast bench --suite dot --case causal --threads 1
-  python -m attnfast bench --isa avx2 --no-memory                      both sides held to AVX2
-  python -m attnfast bench --suite functions --quick --save-history    every public function; kept by commit
-  python -m attnfast bench --suite functions --quick --compare release what became slower since the last release
-  python -m attnfast bench --compare earlier/bench.csv                 the change since an earlier result
-  python -m attnfast bench --from bench-results/bench.csv --json       a result as JSON
+  python -m attnfast bench --isa avx2 --no-memory                         both sides held to AVX2
+  python -m attnfast bench --suite functions --quick --save-history       every public function; kept by commit
+  python -m attnfast bench --suite functions --quick --compare release    what became slower since the last release
+  python -m attnfast bench --compare earlier/bench.csv                    the change since an earlier result
+  python -m attnfast bench --from bench-results/bench.csv --json          a result as JSON
 
 JSON: {"rows": [{...}], "interrupted": bool}, a row having the columns of bench.csv (null: not measured); with --compare
 also "comparison": {"against": {"commit", "date", "attnfast", "torch", "cpu", "isa"}, "rows": [{"suite", "case", "pass",
