@@ -81,9 +81,9 @@ def check_libraries(wheel: Path, folder: Path) -> None:
         sys.exit(f"auditwheel gave no tag of manylinux: {repaired.name}")
     with zipfile.ZipFile(wheel) as before, zipfile.ZipFile(repaired) as after:
         added = set(after.namelist()) - set(before.namelist())
-        moved = [name for name in added if not name.split("/")[0].endswith(".dist-info")]
-    if moved:
-        sys.exit(f"the wheel needs libraries that auditwheel had to add: {moved[:3]}")
+        libraries = [name for name in added if ".dist-info/" not in name and not name.endswith("/")]  # folders
+    if libraries:
+        sys.exit(f"the wheel needs libraries that auditwheel had to add: {libraries[:3]}")
     print(f"auditwheel: {repaired.name}, nothing added", flush=True)
 
 
