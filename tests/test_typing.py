@@ -68,7 +68,10 @@ WRONG = [
     ),
     ("functional.py", "    return_lse: bool = False,", "    return_lse: str = '',", "return_lse"),
     ("_additive.py", "    score_bias: Tensor | None = None,", "    score_bias: float = 0.0,", "score_bias"),
+    ("_memory.py", "-> tuple[Tensor, Tensor]", "-> Tensor", "assert-type"),
+    ("_gather.py", "None = None, sparse_grad: bool = False\n)", "None = None, sparse: bool = False\n)", "sparse_grad"),
     ("nn/_additive.py", "query_size: int, memory_size: int, units: int", "query_size: int, units: int", "memory_size"),
+    ("nn/__init__.py", "import ProductKeyMemory\n", "import ProductKeyMemory as Other\n", "ProductKeyMemory"),
     ("_C.pyi", "def get_isa() -> str", "def get_isa() -> bytes", "assert-type"),
 ]
 
