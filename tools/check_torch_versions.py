@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "torch-versions"
 ENDS = ("2.10.0", "2.15.0")
 # What `import torch` needs beside itself, all of it small, and numpy, without which torch warns.
-NEEDED = ("filelock", "fsspec", "jinja2", "networkx", "numpy", "setuptools", "sympy", "typing-extensions>=4.13")
+NEEDED = ("filelock", "fsspec", "jinja2", "networkx", "numpy", "setuptools>=77.0.3", "sympy", "typing-extensions>=4.13")
 
 
 def pip(python: str, *arguments: str, **environment: str) -> None:
@@ -79,8 +79,8 @@ def environment_for(python: str, version: str) -> tuple[Path, Path]:
     if not ready.exists():
         shutil.rmtree(folder, ignore_errors=True)
         subprocess.check_call([python, "-m", "venv", str(folder)])
-        pip(str(inside), "install", "--quiet", "--no-deps", f"torch=={version}")
         pip(str(inside), "install", "--quiet", *NEEDED)
+        pip(str(inside), "install", "--quiet", "--no-deps", f"torch=={version}")
         code = "import sysconfig; print(sysconfig.get_paths()['platlib'])"
         packages = subprocess.check_output([str(inside), "-c", code], text=True).strip()
         write_stubs(Path(packages) / "torch", stubs)
