@@ -56,7 +56,7 @@ def build_wheel(python: str) -> Path:
     settings.parent.mkdir(parents=True, exist_ok=True)
     settings.write_text("[build_ext]\nbuild_temp = build/torch-versions/objects\n")
     # What CMake remembers of the Python before would be believed.
-    forget = "-UPython_* -U_Python_* -UPYBIND11_*"
+    forget = "-UPython_* -U_Python_* -UPYTHON_* -UPYBIND11_*"
     environment = {
         "DIST_EXTRA_CONFIG": str(settings), "ATTNFAST_CUDA": "OFF",
         "CMAKE_ARGS": f"{forget} -DPython_EXECUTABLE={interpreter(python)} {os.environ.get('CMAKE_ARGS', '')}",
