@@ -7,7 +7,8 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup test bench docs profile check check-docs check-lint check-native check-simt check-cuda cuda-module check-isa check-package format clean help
+.PHONY: setup test bench docs profile check check-docs check-lint check-native check-simt check-cuda cuda-module \
+	check-isa check-package check-torch check-arm format clean help
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
@@ -76,6 +77,11 @@ check-docs: docs
 check-native: setup
 	$(PYTHON) tools/native_tests.py address thread
 
+# The same program for 64-bit ARM under QEMU. Not part of `make check`: it needs a cross compiler and the emulator (Debian:
+# g++-aarch64-linux-gnu, qemu-user-static).
+check-arm: setup
+	$(PYTHON) tools/native_tests.py none --cross aarch64-linux-gnu --emulator qemu-aarch64-static --cases 150
+
 # The CUDA kernels on the CPU, under the SIMT emulator, and the proof that its checks find bugs.
 check-simt: setup
 	$(PYTHON) tools/simt_tests.py none address thread
@@ -98,6 +104,11 @@ check-isa: setup
 # sdist, wheel from the sdist in an isolated build, installed and used outside the repository.
 check-package: setup
 	$(PYTHON) tools/check_package.py
+
+# One wheel under the ends of the range of torch versions. Not part of `make check`: the first time it downloads 1.5 GB,
+# which stay in build/torch-versions.
+check-torch: setup
+	$(PYTHON) tools/check_torch_versions.py
 
 format: setup
 	$(PYTHON) -m ruff check --fix .

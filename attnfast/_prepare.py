@@ -232,7 +232,9 @@ def _operands(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
 
 def _autocast_enabled(x: Tensor) -> bool:
     kind = x.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    # Dynamo of torch 2.10 cannot trace the question whether a kind of device has autocast, which these two have.
+    known = kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)
+    return known and torch.is_autocast_enabled(kind)
 
 
 def _autocast(x: Any, dtype: torch.dtype) -> Any:

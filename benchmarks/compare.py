@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from .registry import OURS, TORCH
+from .history import Judgement, compared
+from .registry import OURS
 from .report import format_ratio, format_time, geometric_mean, grouped, ratio_text
-from .results import OK, Row
+from .results import Row
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class Comparison:
 
     new: Row
     old: Row
-    new_ratio: float | None  # torch's time over attnfast's in the same run
+    new_ratio: float | None  # the time of torch, or of the formula in torch, over attnfast's in the same run
     old_ratio: float | None
 
     @property
@@ -41,7 +43,9 @@ def compare(new: list[Row], old: list[Row]) -> list[Comparison]:
         before = old_groups.get(key, {})
         if OURS not in group or OURS not in before or group[OURS].time_ms is None or before[OURS].time_ms is None:
             continue
-        ratios = [side[TORCH].ratio if TORCH in side and side[TORCH].status == OK else None for side in (group, before)]
+        peers = compared(group), compared(before)
+        same = peers[0] is not None and peers[1] is not None and peers[0].peer == peers[1].peer
+        ratios = [peer.ratio if peer is not None and same else None for peer in peers]
         found.append(Comparison(group[OURS], before[OURS], ratios[0], ratios[1]))
     return found
 
@@ -84,3 +88,24 @@ def print_comparison(new: list[Row], old: list[Row], console: Console) -> None:
         f"{len(pairs)} rows; geometric mean: {format_ratio(mean)} faster than before, "
         f"{format_ratio(geometric_mean(relative)) if relative else '-'} against torch."
     )
+
+
+def print_judgements(judgements: list[Judgement], lost: list[str], console: Console) -> None:
+    """The rows that changed by more than their rounds scatter, and the sum of all."""
+    changed = sorted((row for row in judgements if row.verdict != "same"), key=lambda row: row.change)
+    if changed:
+        table = Table(title="Changed by more than the noise", title_justify="left", header_style="bold")
+        table.add_column("row", no_wrap=True)
+        for name in ("over", "before", "now", "change", "noise", ""):
+            table.add_column(name, justify="right", no_wrap=True)
+        for row in changed:
+            style = "bold red" if row.verdict == "slower" else "green"
+            ratios = (format_ratio(side.ratio or 0.0) for side in (row.old, row.new))
+            change, noise = f"{100 * (row.change - 1):+.0f} %", f"{100 * row.bound:.0f} %"
+            table.add_row(row.name, row.new.peer, *ratios, change, noise, Text(row.verdict, style=style))
+        console.print(table)
+    for name in lost:
+        console.print(f"No longer computed: {name}", style="bold red", markup=False)
+    counts = {verdict: sum(row.verdict == verdict for row in judgements) for verdict in ("slower", "same", "faster")}
+    text = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+    console.print(f"Against the peers of the same run, beyond the noise: {text}, {len(lost)} lost.")

@@ -48,6 +48,7 @@ SUITES = {
         Suite("masks", "What a mask costs", compared=False, memory=False, yardsticks=False),
         Suite("accuracy", "Error against float64", default=False, memory=False, yardsticks=False),
         Suite("overhead", "Cost of a call", memory=False, yardsticks=False, hurried=False),
+        Suite("functions", "Every public function", default=False, memory=False, yardsticks=False, hurried=False),
         Suite("sweep", "Head sizes by tokens", default=False, compared=False, memory=False, yardsticks=False),
         Suite(
             "scaling",
@@ -216,6 +217,7 @@ def _load() -> None:
         cases_accuracy,
         cases_additive,
         cases_dot,
+        cases_functions,
         cases_gather,
         cases_gpu,
         cases_masks,
@@ -228,6 +230,7 @@ def _load() -> None:
         cases_topk,
         peers,
         peers_additive,
+        peers_functions,
         peers_gather,
         peers_gpu,
         peers_modules,

@@ -25,12 +25,12 @@ README_END = "<!-- bench:end -->"
 _PEER_ORDER = (OURS, "attnfast._C", TORCH, "sdpa math", "sdpa loop", EAGER, "compile", "keops", "flex")
 
 
-def make_console(width: int | None = None) -> Console:
+def make_console(width: int | None = None, stderr: bool = False) -> Console:
     """A console wide enough for the tables when the output is a file or a pipe."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, stderr=stderr)
     if width is None and not console.is_terminal:
         width = 170
-    return Console(highlight=False, width=width) if width else console
+    return Console(highlight=False, width=width, stderr=stderr) if width else console
 
 
 def grouped(rows: Iterable[Row]) -> dict[tuple[str, str, str, int], dict[str, Row]]:

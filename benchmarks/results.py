@@ -76,6 +76,11 @@ def _text(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
+def plain(row: Row) -> dict[str, Any]:
+    """A row as a dictionary by column, for JSON."""
+    return {_column(field.name): getattr(row, field.name) for field in dataclasses.fields(Row)}
+
+
 def write_csv(rows: Iterable[Row], path: Path) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")

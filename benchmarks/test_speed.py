@@ -1,4 +1,5 @@
-"""The quick cases under pytest-benchmark, for those who want its statistics, histograms and `--benchmark-compare`:
+"""Every public function, forward and backward, at a small and a medium size, and the quick cases of dot-product
+attention under pytest-benchmark, for those who want its statistics, histograms and `--benchmark-compare`:
 
     pytest benchmarks/test_speed.py --benchmark-only
 
@@ -15,9 +16,9 @@ import pytest
 import torch
 
 from .measure import step, thread_count
-from .registry import OURS, TORCH, Unsupported, cases, find_peer
+from .registry import EAGER, OURS, TORCH, Unsupported, cases, find_peer, peers
 
-CASES = [case for suite in ("dot", "overhead") for case in cases(suite, quick=True)]
+CASES = [case for suite in ("functions", "dot", "overhead") for case in cases(suite, quick=True)]
 RUNS = [pytest.param(case, which, id=f"{case.name}-{which}") for case in CASES for which in case.passes]
 
 
@@ -27,14 +28,16 @@ def _one_thread() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("peer", [OURS, TORCH])
+@pytest.mark.parametrize("peer", [OURS, TORCH, EAGER])
 @pytest.mark.parametrize(("case", "which"), RUNS)
 def test_speed(benchmark: Any, case: Any, which: str, peer: str) -> None:
     benchmark.group = f"{case.name}, {which}"
+    if peer not in {known.name for known in peers(case)}:
+        pytest.skip("no such peer in this suite")
     try:
         workload = find_peer(case.suite, peer).build(case, case.inputs())
     except Unsupported as reason:
-        pytest.skip(str(reason))
+        pytest.skip(str(reason) or "this case has another peer")
     run, grad = step(workload, which)
     with torch.set_grad_enabled(grad):
         result = benchmark(run)

@@ -144,7 +144,7 @@ def draw_heads(run: Experiment, sizes: Sizes, model: nn.Module) -> None:
         axis.set_yticks([])
     axes[-1].set_xlabel("step")
     run.figure("heads", figure, "Above: the bits and what was written from memory. Below: slots (rows) by step"
-               " (columns); the writing head leaves a trail, and the reading head follows it after the mark.")  # fmt: skip
+               " (columns); the writing head leaves a trail, which the reading head follows after it.")  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -235,6 +235,7 @@ def test_required_cases_are_there() -> None:
         "masks",
         "accuracy",
         "overhead",
+        "functions",
         "sweep",
         "scaling",
         "gather",

@@ -38,6 +38,19 @@ def test_build_requirements_do_not_include_torch(pyproject: dict[str, Any]) -> N
     assert requirement_names(pyproject["build-system"]["requires"]) == {"setuptools", "cmake", "ninja", "pybind11"}
 
 
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_cibuildwheel_builds_every_python(machine: str, pyproject: dict[str, Any]) -> None:
+    pytest.importorskip("cibuildwheel")
+    command = [sys.executable, "-m", "cibuildwheel", "--print-build-identifiers", "--platform", "linux"]
+    answer = subprocess.run([*command, "--archs", machine, str(ROOT)], capture_output=True, text=True, timeout=120)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.split() == [f"cp3{minor}-manylinux_{machine}" for minor in range(10, 15)]
+    settings = pyproject["tool"]["cibuildwheel"]
+    script = settings["test-command"].removeprefix("python {project}/")
+    assert (ROOT / script).is_file(), "the smoke test"
+    assert settings["environment"]["ATTNFAST_CUDA"] == "OFF"
+
+
 def test_metadata(pyproject: dict[str, Any]) -> None:
     project = pyproject["project"]
     assert project["dependencies"] == ["torch>=2.10"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 
 import attnfast
 from attnfast import cli
-from attnfast.cli import _benchmarks, bench, gradcheck, info
+from attnfast.cli import _benchmarks, bench, info
 
 ROOT = Path(attnfast.__file__).resolve().parents[1]
 COMMANDS = ("info", "explain", "bench", "gradcheck", "plot")
@@ -49,16 +50,56 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
         cli.main([command, "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    assert f"python -m attnfast {command}" in text
-    assert len(text.splitlines()) > 5
+    assert f"usage: python -m attnfast {command}" in text
+    examples, _, statuses = text.partition("examples:\n")[2].partition("exit status:\n")
+    assert examples.count(f"python -m attnfast {command} ") >= 2
+    assert "  0  success\n" in statuses and "  2  wrong usage" in statuses
+    assert ("  1  " in statuses) == (command in ("bench", "gradcheck"))
+    assert ("--json" in text) == ("\nJSON: {" in text) == (command != "plot")
+    assert max(len(line) for line in text.splitlines()) <= 120
 
 
-@pytest.mark.parametrize("arguments", [(), ("no-such-command",), ("explain", "--shape", "1,2,3"), ("plot",)])
-def test_wrong_usage_is_status_2(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_examples_in_the_help_are_right_usage(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """As far as reading the command line goes: `run` is not called."""
+    parser = cli.build_parser()
+    with pytest.raises(SystemExit):
+        parser.parse_args([command, "--help"])
+    examples = re.findall(r"^  (?:\w+=\w+ )?python -m attnfast (.*?)(?:  .*)?$", capsys.readouterr().out, re.MULTILINE)
+    assert len(examples) >= 2
+    for example in examples:
+        assert parser.parse_args(shlex.split(example)).command == command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ((), "python -m attnfast: the following arguments are required: COMMAND (python -m attnfast --help)"),
+        (("no-such-command",), "python -m attnfast: argument COMMAND: invalid choice: 'no-such-command'"),
+        (("explain", "--shape", "1,2,3"), "python -m attnfast explain: argument --shape: takes B,H,T_q,D"),
+        (("explain", "--softcap", "high"), "python -m attnfast explain: argument --softcap: invalid float value"),
+        (("plot",), "python -m attnfast plot: the following arguments are required: FILE"),
+        (("info", "--no-such-option"), "python -m attnfast: unrecognized arguments: --no-such-option"),
+        (("bench", "--threads"), "python -m attnfast bench: argument --threads: expected one argument"),
+    ],
+)
+def test_wrong_usage_is_status_2_and_one_line(
+    arguments: tuple[str, ...], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
     assert stop.value.code == 2
-    assert "usage: python -m attnfast" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith(line) and said.err.count("\n") == 1
+
+
+def test_errors_of_many_lines_become_one(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse(arguments: Any) -> int:
+        raise cli.CommandError("first line\n  second line")
+
+    monkeypatch.setattr(info, "run", refuse)
+    assert cli.main(["info"]) == 2
+    assert capsys.readouterr().err == "python -m attnfast info: first line second line\n"
 
 
 # ---------------------------------------------------------------------- info
@@ -262,80 +303,6 @@ def test_explain_refuses_a_wrong_memory_call(
     assert status == 2 and message in error and "Traceback" not in error
 
 
-# ---------------------------------------------------------------------- gradcheck
-
-
-def test_gradcheck_passes_and_reports(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["gradcheck", "--only", "soft cap", "--json"]) == 0
-    data = json.loads(capsys.readouterr().out)
-    (row,) = data["rows"]
-    assert (row["name"], row["first"], row["second"]) == ("soft cap", "ok", "ok")
-    assert cli.main(["gradcheck", "--only", "plain"]) == 0
-    assert "1 of 1 right" in capsys.readouterr().out
-
-
-def test_gradcheck_finds_a_wrong_derivative(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def wrong(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: Any) -> torch.Tensor:
-        return torch.softmax(query.detach() @ key.transpose(-2, -1), -1) @ value + query.sum()
-
-    monkeypatch.setattr(attnfast, "attention", wrong)
-    assert cli.main(["gradcheck", "--only", "plain"]) == 1
-    text = capsys.readouterr().out
-    assert "WRONG" in text
-    assert "0 of 1 right; wrong: plain" in text
-    assert cli.main(["gradcheck", "--only", "no such row"]) == 1
-
-
-def test_gradcheck_covers_every_differentiable_argument() -> None:
-    names = set(gradcheck.checks())
-    assert {"bias", "sink", "lse", "weights", "column sums", "row maximum", "varlen", "grouped heads"} <= names
-    assert {f"score {score}" for score in ("dot", "cosine", "l2")} <= names
-
-
-def test_gradcheck_covers_memory() -> None:
-    names = set(gradcheck.checks())
-    assert {"topk_scores", "weighted_gather", "product_key_read"} <= names
-    for kind in ("mask", "candidates", "3 hops", "topk", "topk cosine", "topk additive", "topk candidates"):
-        assert f"memory_read, {kind}" in names
-    for network in ("NTMHead", "KeyValueMemory", "EndToEndMemory", "MemoryNetwork", "ProductKeyMemory"):
-        assert any(name.startswith(network) for name in names), network
-
-
-@pytest.mark.parametrize("only", ["topk_scores", "weighted_gather", "memory_read, topk l2", "KeyValue", "EndToEnd"])
-def test_gradcheck_of_memory_passes(only: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["gradcheck", "--only", only]) == 0
-    assert "1 of 1 right" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("name", ["topk_scores", "weighted_gather", "memory_read", "product_key_read"])
-def test_gradcheck_finds_a_wrong_derivative_of_memory(
-    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    real = getattr(attnfast, name)
-
-    def wrong(*arguments: Any, **options: Any) -> Any:
-        lost = [x.detach() if torch.is_tensor(x) else x for x in arguments[1:]]
-        return real(arguments[0], *lost, **options)
-
-    monkeypatch.setattr(attnfast, name, wrong)
-    row = name + (", topk cosine" if name == "memory_read" else "")
-    assert cli.main(["gradcheck", "--only", row]) == 1
-    assert f"wrong: {row}" in capsys.readouterr().out
-
-
-def test_gradcheck_finds_a_wrong_derivative_of_a_network(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    real = attnfast.nn.KeyValueMemory.forward
-    monkeypatch.setattr(
-        attnfast.nn.KeyValueMemory, "forward", lambda self, x, keys, values: real(self, x, keys.detach(), values)
-    )
-    assert cli.main(["gradcheck", "--only", "KeyValueMemory"]) == 1
-    assert "wrong: KeyValueMemory" in capsys.readouterr().out
-
-
 # ---------------------------------------------------------------------- bench and plot
 
 
@@ -371,6 +338,24 @@ def test_bench_shows_and_compares_a_result(result: tuple[Path, str], tmp_path: P
     assert "| overhead: 1,1,8,64, forward | 1 |" in readme.read_text()
 
 
+def test_bench_json_is_the_csv_and_nothing_else(result: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
+    results = _benchmarks.load_benchmarks("results")
+    assert cli.main(["bench", "--from", str(result[0] / "bench.csv"), "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    rows = results.read_csv(result[0] / "bench.csv")
+    assert data == {"rows": [results.plain(row) for row in rows], "interrupted": False}
+    assert all(tuple(row) == results.COLUMNS for row in data["rows"]) and data["rows"][0]["pass"] == "forward"
+
+
+def test_a_run_with_json_says_the_rest_on_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["bench", "--suite", "overhead", "--quick", "--threads", "1", "--no-memory", "--json"]
+    assert cli.main([*arguments, "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    data = json.loads(said.out)
+    assert {row["status"] for row in data["rows"]} == {"ok"} and data["interrupted"] is False
+    assert "bench.csv" in said.err
+
+
 def test_plot_draws_a_result(result: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "picture.png"
     assert cli.main(["plot", str(result[0] / "bench.csv"), "--out", str(target)]) == 0
@@ -391,6 +376,7 @@ def test_plot_draws_a_result(result: tuple[Path, str], tmp_path: Path, capsys: p
         (["bench", "--threads", "one"], "--threads takes positive numbers separated by commas, got 'one'"),
         (["bench", "--case", "no such case"], "has 'no such case' in its name"),
         (["bench", "--compare", "missing.csv"], "cannot read missing.csv: No such file"),
+        (["bench", "--out", "pyproject.toml"], "--out: cannot make the folder pyproject.toml: File exists"),
         (["bench", "--readme", "missing.md"], "--readme: there is no file missing.md"),
         (["plot", "missing.csv"], "cannot read missing.csv: No such file"),
         (["plot", "pyproject.toml"], "pyproject.toml is not a benchmark result"),
@@ -446,6 +432,23 @@ def test_bench_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[0] == "dot: Dot-product attention"
     assert "  1,4,8192,64 (forward, backward, forward+backward), full run only" in lines
     assert not any(line.startswith("overhead") for line in lines)
+
+
+def test_bench_list_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "--list", "--suite", "overhead", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert set(data) == {"suites"} and set(data["suites"]) == {"overhead"}
+    assert data["suites"]["overhead"][0] == {
+        "case": "1,1,8,64", "passes": ["forward", "forward, recording", "forward+backward"], "quick": True,
+    }  # fmt: skip
+
+
+def test_bench_fails_where_attnfast_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = _benchmarks.load_benchmarks("results")
+    row = results.Row("overhead", "1,1,8,64", "forward", 1, "attnfast", status=results.FAILED, note="broken")
+    results.write_csv([row], tmp_path / "bench.csv")
+    assert cli.main(["bench", "--from", str(tmp_path / "bench.csv"), "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["rows"][0]["note"] == "broken"
 
 
 def test_threads_are_read_in_order() -> None:

@@ -1,6 +1,8 @@
 """Builds tests/native once per sanitizer and runs it: `python tools/native_tests.py address thread`.
 
 Every ISA variant that this machine can run is tested. "none" builds without a sanitizer, for speed or a debugger.
+`python tools/native_tests.py none --cross aarch64-linux-gnu --emulator qemu-aarch64-static` is the same for another
+processor, with Debian's cross compiler (g++-aarch64-linux-gnu) and QEMU's user emulation (qemu-user-static).
 """
 
 from __future__ import annotations
@@ -25,23 +27,28 @@ OPTIONS = {
 }
 
 
-def build(sanitizer: str) -> Path:
-    folder = ROOT / "build" / f"native-{sanitizer}"
+def build(sanitizer: str, cross: str = "") -> Path:
+    folder = ROOT / "build" / f"native-{cross or sanitizer}"
+    # Static, so that the emulator needs no libraries of the other machine.
+    other = [
+        "-DCMAKE_SYSTEM_NAME=Linux", f"-DCMAKE_SYSTEM_PROCESSOR={cross.partition('-')[0]}",
+        f"-DCMAKE_CXX_COMPILER={cross}-g++", "-DCMAKE_EXE_LINKER_FLAGS=-static",
+    ] if cross else []  # fmt: skip
     program = str(Path(cmake.CMAKE_BIN_DIR) / "cmake")
     subprocess.check_call([
         program, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja",
         f"-DCMAKE_MAKE_PROGRAM={Path(ninja.BIN_DIR) / 'ninja'}",
         f"-DATTNFAST_SANITIZE={'' if sanitizer == 'none' else sanitizer}",
-        "-DATTNFAST_BUILD_MODULE=OFF", "-DATTNFAST_BUILD_TESTS=ON",
+        "-DATTNFAST_BUILD_MODULE=OFF", "-DATTNFAST_BUILD_TESTS=ON", *other,
     ], stdout=subprocess.DEVNULL)  # fmt: skip
     subprocess.check_call([program, "--build", str(folder), "--parallel", str(os.cpu_count() or 1)])
     return folder / "attnfast_native_test"
 
 
-def run(binary: Path, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+def run(binary: Path, arguments: list[str], emulator: str = "") -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, **OPTIONS}
     environment.pop("ATTNFAST_ISA", None)
-    command = [str(binary), *arguments]
+    command = [*([emulator] if emulator else []), str(binary), *arguments]
     if sys.platform == "linux":
         # ThreadSanitizer of GCC 12 cannot place its shadow memory on kernels with many bits of address randomisation.
         command = ["setarch", "--addr-no-randomize", *command]
@@ -53,17 +60,21 @@ def main() -> int:
     parser.add_argument("sanitizers", nargs="+", choices=list(CASES))
     parser.add_argument("--cases", type=int, help="random calls per ISA variant")
     parser.add_argument("--first", type=int, default=0, help="number of the first call, to repeat a failure")
+    parser.add_argument("--cross", default="", metavar="PREFIX", help="a cross compiler, PREFIX-g++; without sanitizer")
+    parser.add_argument("--emulator", default="", metavar="PROGRAM", help="what runs programs for that processor")
     given = parser.parse_args()
+    if bool(given.cross) != bool(given.emulator) or (given.cross and given.sanitizers != ["none"]):
+        parser.error("--cross and --emulator come together, and with `none`")
     binaries = {}
     for sanitizer in given.sanitizers:
         start = time.perf_counter()
-        binaries[sanitizer] = build(sanitizer)
+        binaries[sanitizer] = build(sanitizer, given.cross)
         print(f"native tests, sanitizer {sanitizer}: built in {time.perf_counter() - start:.0f} s", flush=True)
 
     def one(sanitizer: str) -> int:
         start = time.perf_counter()
         cases = given.cases or CASES[sanitizer]
-        result = run(binaries[sanitizer], ["--cases", str(cases), "--first", str(given.first)])
+        result = run(binaries[sanitizer], ["--cases", str(cases), "--first", str(given.first)], given.emulator)
         print(f"{result.stdout}native tests, sanitizer {sanitizer}: ran in {time.perf_counter() - start:.0f} s, "
               f"status {result.returncode}", flush=True)  # fmt: skip
         return result.returncode

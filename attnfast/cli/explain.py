@@ -10,7 +10,7 @@ import torch
 
 import attnfast
 
-from . import CommandError
+from . import CommandError, described
 from ._memory_calls import FUNCTIONS, memory_call
 
 _DTYPES = {
@@ -19,6 +19,17 @@ _DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+
+_EXAMPLES = """\
+examples:
+  python -m attnfast explain --shape 1,8,512,64 --causal top_left
+  python -m attnfast explain --shape 8,8,1,64 --key-tokens 4096 --dtype bfloat16     one decoding step
+  python -m attnfast explain --bias --grad --return-weights full
+  python -m attnfast explain --torch-signature --kv-heads 2 --dropout 0.1
+  python -m attnfast explain --memory memory_read --slots 100000 --topk 16 --json
+
+JSON: {"function", "shapes": {argument: sizes}, "options": {argument: value, tensors left out}, "explanation": text}.
+"""
 
 
 def _sizes(text: str) -> tuple[int, ...]:
@@ -40,12 +51,14 @@ def _window(text: str) -> tuple[int, int]:
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
+    parser = described(
+        commands,
         "explain",
         help="which kernel a call would take",
         description="Name the kernel that a call of this shape with these options would take, and why not a faster "
         "one: a call of attention, or with --memory one of a memory function. The tensors are made up; use "
         "attnfast.explain(function, ...) for your own.",
+        examples=_EXAMPLES,
     )
     parser.add_argument(
         "--shape", type=_sizes, default=(1, 8, 512, 64), metavar="B,H,T_q,D", help="default: 1,8,512,64"

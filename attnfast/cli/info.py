@@ -14,6 +14,8 @@ import torch
 import attnfast
 from attnfast._ext import _C, cuda_binary, has_cuda
 
+from . import described
+
 # From the lowest to the best, with what each needs; a build holds some of them.
 _ISAS = {
     "baseline": "any processor",
@@ -22,13 +24,26 @@ _ISAS = {
     "avx512_bf16": "those and AVX512_BF16",
 }
 
+_EXAMPLES = """\
+examples:
+  python -m attnfast info
+  python -m attnfast info --json                what a bug report needs
+  ATTNFAST_ISA=avx2 python -m attnfast info     hold this process to AVX2
+
+JSON: {"attnfast", "location", "binary", "build" (what the compiler was), "python", "torch": {"version", "cuda",
+"location"}, "threads": {"torch", "cores"}, "isa": {"used", "available", "compiled", "forced", "status",
+"cpu_features"}, "devices": {"cpu", "cuda"}}.
+"""
+
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
+    parser = described(
+        commands,
         "info",
         help="what is built and in use",
         description="Show version, build, instruction sets (in use, available, and why others are not), torch, "
         "threads.",
+        examples=_EXAMPLES,
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)

@@ -8,17 +8,25 @@ from pathlib import Path
 
 from attnfast import viz
 
-from . import CommandError
+from . import CommandError, described
 from ._benchmarks import load_benchmarks
 from .bench import _read
 
+_EXAMPLES = """\
+examples:
+  python -m attnfast plot bench-results/bench.csv
+  python -m attnfast plot alignment.npz --values --title "lecture 3" --out alignment.png
+"""
+
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
+    parser = described(
+        commands,
         "plot",
         help="draw a benchmark result or an alignment",
         description="Draw the ratios of a CSV written by the bench command, or an alignment saved by "
         "attnfast.viz.save_alignment (.npz), as a PNG.",
+        examples=_EXAMPLES,
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="the CSV or the .npz")
     parser.add_argument("--out", type=Path, metavar="PNG", help="default: FILE with the ending .png")

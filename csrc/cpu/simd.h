@@ -80,18 +80,6 @@ template <class R>
 ATTNFAST_INLINE Vec<R> zero() {
   return Vec<R>{};
 }
-// A whole vector to memory past the caches; p is aligned to kVectorBytes. Other threads see it after a fence.
-template <class R>
-ATTNFAST_INLINE void store_past_caches(R* p, Vec<R> v) {
-#if defined(__AVX512F__)
-  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
-#elif defined(__AVX2__)
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
-#else
-  _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)v);
-#endif
-}
-ATTNFAST_INLINE void fence_past_caches() { _mm_sfence(); }
 template <class T>
 ATTNFAST_INLINE Vec<T> load(const T* p) {
   return *reinterpret_cast<const typename VecOf<T>::unaligned*>(p);
@@ -99,6 +87,26 @@ ATTNFAST_INLINE Vec<T> load(const T* p) {
 template <class T>
 ATTNFAST_INLINE void store(T* p, Vec<T> v) {
   *reinterpret_cast<typename VecOf<T>::unaligned*>(p) = v;
+}
+// A whole vector to memory past the caches; p is aligned to kVectorBytes. Other threads see it after a fence.
+template <class R>
+ATTNFAST_INLINE void store_past_caches(R* p, Vec<R> v) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+#elif defined(__AVX2__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
+#elif defined(__x86_64__)
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)v);
+#else
+  store(p, v);  // an ordinary store where there is no other
+#endif
+}
+ATTNFAST_INLINE void fence_past_caches() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#else
+  __atomic_thread_fence(__ATOMIC_RELEASE);
+#endif
 }
 template <class R>
 ATTNFAST_INLINE R infinity() {
@@ -454,6 +462,8 @@ template <class R>
 ATTNFAST_INLINE Vec<R> rounded(Vec<R> x) {
 #if defined(__x86_64__)
   asm("" : "+v"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
 #else
   asm("" : "+m"(x));
 #endif
