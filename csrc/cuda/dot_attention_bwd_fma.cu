@@ -86,18 +86,21 @@ __global__ void __launch_bounds__(kFmaThreads, 2) dot_attention_bwd_fma_kernel(D
     feature = index % chunks * kHead;
     index /= chunks;
   }
-  GradientBlock block = gradient_block<kByKeys>(p, P::kRows, P::kColumns, index);
+  // In shared memory, because registers are short in the loop.
+  GradientBlock& block = *reinterpret_cast<GradientBlock*>(grads + P::kRows * P::kWeightPitch);
+  const GradientBlock found = gradient_block<kByKeys>(p, P::kRows, P::kColumns, index);
+  if (threadIdx.x == 0) block = found;
+  __syncthreads();
+  const Sequence& sequence = block.rows.sequence;
   const bool modified = is_modified(p);
-  const auto query_rows = [&](const Tensor4& t, int64_t end, int64_t size) -> FmaRows {
-    return {t, query_offset(block.rows, t), end, size};
+  const auto own_rows = [&](const Tensor4& t, int64_t end, int64_t size) -> FmaRows {
+    return {t, kByKeys ? key_offset(block.rows, t) : query_offset(block.rows, t), end, size};
   };
-  const auto key_rows = [&](const Tensor4& t, int64_t end, int64_t size) -> FmaRows {
-    return {t, key_offset(block.rows, t), end, size};
+  const auto tile_offset = [&](const Tensor4& t, int64_t head) {
+    return kByKeys ? offset4(t, sequence.tensor_batch, head, sequence.query_begin, 0) : key_offset(block.rows, t);
   };
-  const FmaRows own_x =
-      kByKeys ? key_rows(p.key, block.own_valid, p.head_size) : query_rows(p.query, block.own_valid, p.head_size);
-  const FmaRows own_y = kByKeys ? key_rows(p.value, block.own_valid, p.value_size)
-                                : query_rows(p.grad_out, block.own_valid, p.value_size);
+  const FmaRows own_x = own_rows(kByKeys ? p.key : p.query, block.own_valid, p.head_size);
+  const FmaRows own_y = own_rows(kByKeys ? p.value : p.grad_out, block.own_valid, p.value_size);
   if constexpr (!kLarge) {
     load_rows<P>(own_first, own_x, block.own, P::kRows);
     load_rows<P>(own_second, own_y, block.own, P::kRows);
@@ -114,16 +117,14 @@ __global__ void __launch_bounds__(kFmaThreads, 2) dot_attention_bwd_fma_kernel(D
   sum_first.clear();
   sum_second.clear();
 
-  const int64_t own_head = block.rows.head;
-  for (int64_t head = own_head; head < own_head + block.heads; ++head) {
-    enter_tile<kByKeys>(p, block, head, block.begin, P::kColumns);
-    const int64_t queries = block.rows.sequence.queries, keys = block.rows.sequence.keys;
-    const FmaRows tile_x = kByKeys ? query_rows(p.query, queries, p.head_size) : key_rows(p.key, keys, p.head_size);
-    const FmaRows tile_y =
-        kByKeys ? query_rows(p.grad_out, queries, p.value_size) : key_rows(p.value, keys, p.value_size);
+  for (int64_t head = found.rows.head; head < found.rows.head + found.heads; ++head) {
+    const int64_t tile_end = kByKeys ? sequence.queries : sequence.keys;
+    const FmaRows tile_x = {kByKeys ? p.query : p.key, tile_offset(kByKeys ? p.query : p.key, head), tile_end,
+                            p.head_size};
+    const FmaRows tile_y = {kByKeys ? p.grad_out : p.value, tile_offset(kByKeys ? p.grad_out : p.value, head), tile_end,
+                            p.value_size};
     for (int64_t first = block.begin; first < block.end; first += P::kColumns) {
-      enter_tile<kByKeys>(p, block, head, first, P::kColumns);
-      const bool plain = !modified && sees_tile<kByKeys>(block, first, P::kRows, P::kColumns);
+      if (threadIdx.x == 0) enter_tile<kByKeys>(p, block, head, first, P::kColumns);
       typename P::Products product = {}, grad = {};
       [[maybe_unused]] bool strange = false;
       if constexpr (kLarge) {
@@ -142,6 +143,7 @@ __global__ void __launch_bounds__(kFmaThreads, 2) dot_attention_bwd_fma_kernel(D
         }
         add_products<P>(own_second, tile_second, static_cast<int>(p.value_size), grad);
       }
+      const bool plain = !modified && sees_tile<kByKeys>(block, first, P::kRows, P::kColumns);
       differentiate_tile<P, kByKeys>(p, block, first, plain, modified, own_values, product, grad, center);
 #pragma unroll
       for (int i = 0; i < P::kRowsOfThread; ++i) {
@@ -178,14 +180,14 @@ __global__ void __launch_bounds__(kFmaThreads, 2) dot_attention_bwd_fma_kernel(D
   const R scale = static_cast<R>(p.scale);
   if constexpr (kByKeys) {
     if (p.grad_key.data) {
-      sum_first.store(key_rows(p.grad_key, block.own_end, p.head_size), block.own, feature, scale);
+      sum_first.store(own_rows(p.grad_key, block.own_end, p.head_size), block.own, feature, scale);
     }
     if (p.grad_value.data) {
-      sum_second.store(key_rows(p.grad_value, block.own_end, p.value_size), block.own, feature, R(1));
+      sum_second.store(own_rows(p.grad_value, block.own_end, p.value_size), block.own, feature, R(1));
     }
   } else {
     if (p.grad_query.data) {
-      sum_first.store(query_rows(p.grad_query, block.own_end, p.head_size), block.own, feature, scale);
+      sum_first.store(own_rows(p.grad_query, block.own_end, p.head_size), block.own, feature, scale);
     }
     if (!p.grad_center || feature != 0) return;
 #pragma unroll
@@ -202,7 +204,7 @@ template <class R, int kHead, bool kByKeys, bool kLarge>
 void launch_pass(const DotAttentionParams& p, Stream stream) {
   using P = Plan<R, kHead, kLarge>;
   constexpr const char* kName = sizeof(R) == 4 ? "dot_attention_bwd_fma<float>" : "dot_attention_bwd_fma<double>";
-  constexpr size_t kBytes = P::kSharedElements * sizeof(R);
+  constexpr size_t kBytes = P::kSharedElements * sizeof(R) + sizeof(GradientBlock);
   const int64_t copies = kLarge ? feature_chunks<kByKeys>(p) : 1;
   const unsigned blocks = checked_grid(p, gradient_blocks<kByKeys>(p, P::kRows) * copies, kName);
   if (blocks == 0) return;
