@@ -23,6 +23,12 @@ using native::Problem;
 using native::Random;
 using native::Results;
 
+#if defined(__SANITIZE_THREAD__)
+constexpr int64_t kMostWork = 500'000;
+#else
+constexpr int64_t kMostWork = 1'000'000;
+#endif
+
 // A call small enough for the emulator.
 Config small_config(Random& random) {
   for (;;) {
@@ -51,7 +57,7 @@ Config small_config(Random& random) {
       if (random.chance(50)) std::swap(c.head_size, c.value_size);
     }
     if (c.batch * c.heads > 4) continue;
-    if (c.query_tokens * c.key_tokens * (c.head_size + c.value_size) * c.batch * c.heads < 1'000'000) return c;
+    if (c.query_tokens * c.key_tokens * (c.head_size + c.value_size) * c.batch * c.heads < kMostWork) return c;
   }
 }
 
