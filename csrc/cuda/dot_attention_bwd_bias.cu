@@ -88,7 +88,8 @@ __global__ void __launch_bounds__(kFmaThreads, 2) dot_attention_bwd_bias_kernel(
       const FmaRows key_rows = {p.key, key_offset(seen, p.key), sequence.keys, p.head_size};
       const FmaRows value_rows = {p.value, key_offset(seen, p.value), sequence.keys, p.value_size};
       for (int64_t first = own.begin; first < own.end; first += P::kRows) {
-        seen = rows_at(p, b, h, first, P::kRows);
+        const int64_t last = first + P::kRows < sequence.query_rows ? first + P::kRows : sequence.query_rows;
+        set_rows(seen, first > 0 ? first : 0, last);
         const int64_t begin = seen.key_begin > other.begin ? seen.key_begin : other.begin;
         const int64_t end = seen.key_end < other.end ? seen.key_end : other.end;
         if (begin >= end) continue;

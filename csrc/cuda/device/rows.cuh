@@ -126,6 +126,7 @@ ATTNFAST_DEVICE KeyRange join_ranges(KeyRange all) {
 ATTNFAST_DEVICE void set_rows(Rows& r, int64_t first, int64_t last) {
   r.first = first;
   r.last = last;
+  r.key_begin = r.key_end = 0;
   const int64_t last_valid = r.last < r.sequence.queries ? r.last : r.sequence.queries;
   if (r.first >= last_valid) return;
   if (!r.bounds.data) {
@@ -173,12 +174,17 @@ ATTNFAST_DEVICE Rows rows_of_block(const AttentionParams& p, int64_t rows) {
   return rows_of_block(p, rows, blockIdx.x, 1);
 }
 
-// Queries [first, first + rows) of one head and sample, for a block that names them itself; what is below 0 is not
-// there. Every lane of a warp comes here together.
+// Queries [first, first + rows) of one head and sample, for a block that names them itself, of a call whose rows bring
+// no windows.
 ATTNFAST_DEVICE Rows rows_at(const AttentionParams& p, int64_t batch, int64_t head, int64_t first, int64_t rows) {
   Rows r = rows_of_head(p, batch, head, 1);
-  const int64_t last = first + rows < r.sequence.query_rows ? first + rows : r.sequence.query_rows;
-  set_rows(r, first > 0 ? first : 0, last);
+  r.first = first;
+  r.last = first + rows < p.query_tokens ? first + rows : p.query_tokens;
+  const int64_t last_valid = r.last < r.sequence.queries ? r.last : r.sequence.queries;
+  if (first < last_valid) {
+    r.key_begin = first_key(r.band, first);
+    r.key_end = end_key(r.band, last_valid - 1);
+  }
   return r;
 }
 
