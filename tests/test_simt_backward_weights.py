@@ -273,6 +273,15 @@ def test_gradcheck_of_prior_windows_and_weights(backend: ModuleType) -> None:
         torch.autograd.gradcheck(functools.partial(call, mode), leaves)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_heads_that_share_keys_look_elsewhere(backend: ModuleType, dtype: torch.dtype) -> None:
+    """A block of keys goes through the queries of every head that look there, one from either end."""
+    query, key, value = operands(dtype, 2, 1, 200, 200, 8, 8)
+    along = torch.arange(200.0)
+    center = torch.stack((along, 199 - along)).expand(2, 2, 200)
+    check(backend, {"query": query, "key": key, "value": value}, seeds=(3,), window=(4, 4), window_center=center)
+
+
 def test_windows_narrow_the_pass_by_keys(simt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Queries that look along the keys: a block of keys goes through those that look there, and no others."""
     use(simt, monkeypatch)
