@@ -98,8 +98,7 @@ def dot_attention_bwd(
     """Queue ``_C.dot_attention_bwd`` on torch's current stream of the tensors' device.
 
     As there, but ``out``, ``lse`` and ``delta`` must be given, and ``delta`` is a workspace of three planes: Real,
-    contiguous ``[3, B, H, T_q]``. ``threads`` is ignored. NotImplementedError names what the kernels do not have:
-    packed sequences, gradients of weights, window bounds, a prior, head sizes above 256.
+    contiguous ``[3, B, H, T_q]``. ``threads`` is ignored.
     """
 
 def additive_attention_fwd(

@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_simt import OPTIONS as FORWARD_OPTIONS
-from test_simt import SEEDS, operands, options_of
+from test_simt import OPTIONS, SEEDS, operands, options_of
 from torch import Tensor
 
 import attnfast
@@ -23,8 +22,6 @@ from attnfast import _cuda_ops, functional, ops, reference
 # Of the largest element of a gradient.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 DTYPES = list(TOLERANCE)
-MISSING = ("window_center", "prior", "weights")  # refused, see the end
-OPTIONS = [name for name in FORWARD_OPTIONS if name not in MISSING]
 
 
 def backward_of(simt: ModuleType) -> Callable[..., None]:
@@ -55,47 +52,59 @@ def backend(simt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Modul
     assert simt.launches() > before, "no kernel was launched"
 
 
-def gradients(function: Any, inputs: dict[str, Tensor], weigh: Tensor, rows: Tensor, **options: Any) -> list[Tensor]:
-    """Of ``sum(output * weigh) + sum(lse * rows)`` over the rows that see something, by every input."""
+def noise(like: Tensor, seed: int) -> Tensor:
+    """What arrives at a result, the same in every dtype: what a half type cannot hold is no error of the kernels."""
+    exact = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    return exact.half().to(like)
+
+
+def gradients(function: Any, inputs: dict[str, Tensor], **options: Any) -> list[Tensor]:
+    """Of sums of output, log-sum-exp and weights times `noise`, over the rows that see something, by every input.
+
+    An input ``center`` is the prior's, of which the options have ``sigma``.
+    """
     leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
-    result = function(**leaves, return_lse=True, **options)
+    given = dict(leaves)
+    if "center" in given:
+        options["prior"] = ("gaussian", given.pop("center"), options.pop("sigma"))
+    result = function(**given, return_lse=True, **options)
     lse = torch.where(result.lse.isfinite(), result.lse, 0.0)
-    loss = (result.output * weigh.to(result.output)).sum() + (lse * rows.to(lse)).sum()
+    loss = (result.output * noise(result.output, 11)).sum() + (lse * noise(lse, 12)).sum()
+    if result.weights is not None:
+        loss = loss + (result.weights * noise(result.weights, 13)).sum()
     return list(torch.autograd.grad(loss, list(leaves.values())))
 
 
 def check(
-    backend: ModuleType, inputs: dict[str, Tensor], seeds: Any = SEEDS, limit: float | None = None, **options: Any
-) -> None:
+    backend: ModuleType, inputs: dict[str, Tensor], seeds: Any = SEEDS, limit: float | None = None,
+    function: str = "attention", **options: Any,
+) -> None:  # fmt: skip
     """Gradients against the reference in float64, and the same bits under every schedule."""
-    query, value = inputs["query"], inputs["value"]
-    generator = torch.Generator().manual_seed(11)
-    weigh = torch.randn(*query.shape[:3], value.shape[3], generator=generator)
-    rows = torch.randn(query.shape[:3], generator=generator, dtype=torch.float64)
-    # What a half type cannot hold is no error of the kernels.
-    weigh = weigh.to(query.dtype).double()
+    dtype = inputs["query"].dtype
     wide_options = {
         name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in options.items()
     }
     wide = {name: x.double() for name, x in inputs.items()}
-    wanted = gradients(reference.attention, wide, weigh, rows, **wide_options)
+    wanted = gradients(getattr(reference, function), wide, **wide_options)
     first: list[Tensor] = []
     for seed in seeds:
         backend.set_seed(seed)
-        got = gradients(attnfast.attention, inputs, weigh, rows, **options)
+        got = gradients(getattr(attnfast, function), inputs, **options)
         first = first or got
         for name, x, y in zip(inputs, got, first, strict=True):
             assert torch.equal(x, y), f"{name}: schedule {seed} gives other bits"
     for name, x, y in zip(inputs, first, wanted, strict=True):
         assert x.dtype == inputs[name].dtype
         size = max(y.abs().max().item(), 1e-3) if y.numel() else 1.0
-        scale = limit or TOLERANCE[query.dtype]
+        scale = limit or TOLERANCE[dtype]
         torch.testing.assert_close(x.double(), y, rtol=0, atol=scale * size, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def inputs_of(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> dict[str, Tensor]:
     """Everything that has a gradient, taken out of the options."""
     extra = {name: options.pop(name) for name in ("bias", "sink") if name in options}
+    if "prior" in options:
+        _, extra["center"], options["sigma"] = options.pop("prior")
     return {"query": query, "key": key, "value": value, **extra}
 
 
@@ -110,7 +119,18 @@ def test_gradients_of_options_under_every_schedule(backend: ModuleType, dtype: t
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("rows", "keys", "size", "value_size"),
-    [(1, 1, 1, 1), (3, 0, 8, 8), (0, 4, 8, 8), (65, 129, 64, 64), (16, 40, 72, 136), (5, 33, 256, 256), (9, 9, 0, 8)],
+    [
+        (1, 1, 1, 1),
+        (3, 0, 8, 8),
+        (0, 4, 8, 8),
+        (65, 129, 64, 64),
+        (16, 40, 72, 136),
+        (5, 33, 256, 256),
+        (9, 9, 0, 8),
+        (3, 20, 300, 8),
+        (3, 20, 8, 520),
+        (70, 40, 264, 264),
+    ],
 )
 def test_shapes(
     simt: ModuleType, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, rows: int, keys: int, size: int,
@@ -122,7 +142,7 @@ def test_shapes(
 
 
 def test_float64_at_every_size(backend: ModuleType) -> None:
-    for size in (40, 100, 200):
+    for size in (40, 100, 200, 300):
         query, key, value = operands(torch.float64, 2, 1, 19, 35, size, size)
         check(backend, {"query": query, "key": key, "value": value}, seeds=(1, 3), causal="bottom_right")
 
@@ -264,29 +284,6 @@ def test_only_what_is_wanted_is_formed(backend: ModuleType) -> None:
             attnfast.attention(*some, causal="top_left").sum().backward()
             assert backend.launches() == before + 3  # forward, rows, one pass
             assert torch.equal(some[i].grad, whole[i].grad)  # type: ignore[arg-type]
-
-
-def test_what_the_kernels_do_not_have_is_refused_by_name(simt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The forward is the CPU's here: what is tested are the gradients."""
-    monkeypatch.setattr(ops, "_backward", backward_of(simt))
-    monkeypatch.setattr(functional, "_ordinary_call", lambda *_: 0)
-    before = simt.launches()
-    query, key, value = (x.requires_grad_() for x in operands(torch.float32, 1, 1, 4, 4, 8, 8))
-    large = torch.zeros(1, 1, 4, 257, requires_grad=True)
-    packed, offsets = torch.zeros(4, 1, 8, requires_grad=True), torch.tensor([0, 4])
-    center = torch.zeros(2, 1, 4)
-    calls = {
-        "weights": lambda: attnfast.attention(query, key, value, return_weights=True).weights,
-        "head sizes above 256": lambda: attnfast.attention(large, large, large),
-        "packed sequences": lambda: attnfast.varlen_attention(packed, packed, packed, offsets, offsets, 4, 4),
-        "window_center": lambda: attnfast.attention(query, key, value, window=(1, 1), window_center=center),
-        "Gaussian prior": lambda: attnfast.attention(query, key, value, prior=("gaussian", center, 1.0)),
-    }
-    for what, call in calls.items():
-        result = call()
-        with pytest.raises(NotImplementedError, match=f"attnfast has no simt kernel with gradients of .*{what}"):
-            result.sum().backward()
-    assert simt.launches() == before
 
 
 def test_gradients_of_tensors_elsewhere_go_to_the_cuda_module(monkeypatch: pytest.MonkeyPatch) -> None:
