@@ -21,7 +21,9 @@ struct QueryValues {
 };
 enum QueryPlane { kDeltaPlane, kBasePlane, kLogPlane, kQueryPlanes };
 
-ATTNFAST_HD int64_t plane_size(const AttentionParams& p) { return p.batch * p.heads * p.query_tokens; }
+ATTNFAST_HD int64_t plane_size(const AttentionParams& p) {
+  return (p.cu_seqlens_q ? 1 : p.batch) * p.heads * p.query_tokens;
+}
 
 template <class R>
 ATTNFAST_DEVICE QueryValues<R> query_values(const AttentionParams& p, const Rows& rows, int64_t q) {
@@ -38,6 +40,27 @@ struct GradientBlock {
   int64_t begin, end;    // what it walks along, for each of `heads` heads
   int64_t heads;
 };
+
+// The smallest range that holds the queries of `heads` heads which see a key of [first, end); begin >= end if there are
+// none. Every lane of a warp comes here together.
+ATTNFAST_DEVICE KeyRange queries_that_see(const AttentionParams& p, const Rows& rows, int64_t heads, int64_t first,
+                                          int64_t end) {
+  const Sequence& s = rows.sequence;
+  const KeyRange band = {clamp_index(first_query(rows.band, first), 0, s.queries),
+                         clamp_index(end_query(rows.band, end - 1), 0, s.queries)};
+  if (!rows.bounds.data) return band;
+  KeyRange all = {s.queries, 0};
+  for (int64_t head = rows.head; head < rows.head + heads; ++head) {
+    const RowBounds bounds = row_bounds_of(p, s, head);
+    for (int64_t q = band.begin + threadIdx.x % 32; q < band.end; q += 32) {
+      const KeyRange seen = row_keys(rows.band, bounds, q, q);
+      if (seen.begin >= end || seen.end <= first) continue;
+      all.begin = q < all.begin ? q : all.begin;
+      all.end = q + 1 > all.end ? q + 1 : all.end;
+    }
+  }
+  return join_ranges(all);
+}
 
 template <bool kByKeys>
 ATTNFAST_DEVICE GradientBlock gradient_block(const AttentionParams& p, int64_t own_rows, int64_t tile_rows) {
@@ -67,6 +90,14 @@ ATTNFAST_DEVICE GradientBlock gradient_block(const AttentionParams& p, int64_t o
   return g;
 }
 
+// Blocks of a pass: one for each `rows` of the tokens that they own, of each of `heads` heads.
+template <bool kByKeys>
+ATTNFAST_HD int64_t gradient_blocks(const AttentionParams& p, int64_t rows) {
+  const int64_t tokens = kByKeys ? p.key_tokens : p.query_tokens, heads = kByKeys ? p.kv_heads : p.heads;
+  if (p.batch == 0 || tokens == 0) return 0;
+  return (p.cu_seqlens_q ? tokens / rows + p.batch : (tokens + rows - 1) / rows * p.batch) * heads;
+}
+
 // Whether nothing but the product decides over the scores of a block's tile; sets the tile's queries by the way.
 template <bool kByKeys>
 ATTNFAST_DEVICE bool enter_tile(GradientBlock& g, int64_t first, int64_t own_rows, int64_t tile_rows, bool modified) {
@@ -74,6 +105,19 @@ ATTNFAST_DEVICE bool enter_tile(GradientBlock& g, int64_t first, int64_t own_row
   g.rows.first = first;
   g.rows.last = first + tile_rows;
   return !modified && sees_all(g.rows, g.own, own_rows);
+}
+
+// What arrives at the weight of query q and key k itself, which the query sees.
+template <class R>
+ATTNFAST_DEVICE R weight_gradient(const AttentionParams& p, const Rows& rows, int64_t q, int64_t k) {
+  const Sequence& s = rows.sequence;
+  const Tensor4& grad = p.grad_weights;
+  if (p.weights_mode == WeightsMode::kRowMax && p.weights_index[row_index(p, s, rows.head, q)] != s.key_begin + k) {
+    return R(0);
+  }
+  // Of the reduced forms one of the strides is 0.
+  return load_element<R>(grad.data, grad.dtype,
+                         offset4(grad, s.tensor_batch, rows.head, s.query_begin + q, s.key_begin + k));
 }
 
 // From query times key in `product` and grad_out times value in `grad`: the weight that meets the value, and the

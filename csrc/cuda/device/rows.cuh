@@ -15,6 +15,11 @@ ATTNFAST_DEVICE bool is_hidden(R weight) {
   return weight == R(0) && signbit(weight);
 }
 
+// Whether `i` is one of `count` from 0 on.
+ATTNFAST_DEVICE bool has_index(int64_t i, int64_t count) {
+  return static_cast<uint64_t>(i) < static_cast<uint64_t>(count);
+}
+
 ATTNFAST_DEVICE float exp2_of(float x) { return ptx::exp2_fast(x); }
 ATTNFAST_DEVICE double exp2_of(double x) { return exp2(x); }
 
@@ -61,6 +66,18 @@ ATTNFAST_DEVICE PackedTile packed_tile(const int64_t* offsets, int64_t sequences
   return {low, tile - clamp_index(offsets[low], 0, total) / size - low};
 }
 
+// The sequence that has a token, or any one if offsets make no sense.
+ATTNFAST_DEVICE int64_t packed_sequence(const int64_t* offsets, int64_t sequences, int64_t token) {
+  int64_t low = 0, high = sequences;
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    const bool before = offsets[middle] <= token;
+    low = before ? middle : low;
+    high = before ? high : middle;
+  }
+  return low;
+}
+
 // One head of one sequence, without rows. The host has not seen lengths and offsets that lie on the device: what is
 // outside of the tensors is cut off.
 ATTNFAST_DEVICE Rows rows_of_head(const AttentionParams& p, int64_t batch, int64_t head, int64_t group) {
@@ -92,27 +109,9 @@ ATTNFAST_DEVICE Rows rows_of_head(const AttentionParams& p, int64_t batch, int64
   return r;
 }
 
-// Every lane of a warp comes here together.
-ATTNFAST_DEVICE Rows rows_of_block(const AttentionParams& p, int64_t rows, int64_t block, int64_t group) {
-  const int64_t per_head = p.cu_seqlens_q ? p.query_tokens / rows + p.batch : (p.query_tokens + rows - 1) / rows;
-  PackedTile tile = {block / per_head / p.heads, block % per_head};
-  if (p.cu_seqlens_q) tile = packed_tile(p.cu_seqlens_q, p.batch, p.query_tokens, rows, tile.index);
-  Rows r = rows_of_head(p, tile.batch, block / per_head % p.heads, group);
-  r.first = tile.index < 0 ? r.sequence.query_rows : clamp_index(tile.index * rows, 0, r.sequence.query_rows);
-  r.last = clamp_index(r.first + rows, 0, r.sequence.query_rows);
-  const int64_t last_valid = r.last < r.sequence.queries ? r.last : r.sequence.queries;
-  if (r.first >= last_valid) return r;
-  if (!r.bounds.data) {
-    r.key_begin = first_key(r.band, position_of(r, r.first));
-    r.key_end = end_key(r.band, position_of(r, last_valid - 1));
-    return r;
-  }
-  KeyRange all = {r.sequence.keys, 0};
-  for (int64_t q = r.first + threadIdx.x % 32; q < last_valid; q += 32) {
-    const KeyRange own = row_keys(r.band, r.bounds, q, position_of(r, q));
-    all.begin = own.begin < all.begin ? own.begin : all.begin;
-    all.end = own.end > all.end ? own.end : all.end;
-  }
+// The smallest range that holds what all lanes have; {keys, 0} if they have nothing. Every lane of a warp comes here
+// together.
+ATTNFAST_DEVICE KeyRange join_ranges(KeyRange all) {
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
     const int64_t begin = __shfl_xor_sync(0xFFFFFFFFu, all.begin, step);
@@ -120,10 +119,52 @@ ATTNFAST_DEVICE Rows rows_of_block(const AttentionParams& p, int64_t rows, int64
     all.begin = begin < all.begin ? begin : all.begin;
     all.end = end > all.end ? end : all.end;
   }
+  return all;
+}
+
+// Gives `r` rows [first, last) and the keys that valid ones among them see. Every lane of a warp comes here together.
+ATTNFAST_DEVICE void set_rows(Rows& r, int64_t first, int64_t last) {
+  r.first = first;
+  r.last = last;
+  const int64_t last_valid = r.last < r.sequence.queries ? r.last : r.sequence.queries;
+  if (r.first >= last_valid) return;
+  if (!r.bounds.data) {
+    r.key_begin = first_key(r.band, position_of(r, r.first));
+    r.key_end = end_key(r.band, position_of(r, last_valid - 1));
+    return;
+  }
+  KeyRange all = {r.sequence.keys, 0};
+  for (int64_t q = r.first + threadIdx.x % 32; q < last_valid; q += 32) {
+    const KeyRange own = row_keys(r.band, r.bounds, q, position_of(r, q));
+    all.begin = own.begin < all.begin ? own.begin : all.begin;
+    all.end = own.end > all.end ? own.end : all.end;
+  }
+  all = join_ranges(all);
   if (all.begin < all.end) {
     r.key_begin = all.begin;
     r.key_end = all.end;
   }
+}
+
+// Which `rows` tokens a block has, of `tokens` of each of `heads` heads.
+struct BlockTile {
+  int64_t batch, head, index;
+};
+ATTNFAST_DEVICE BlockTile block_tile(const AttentionParams& p, const int64_t* offsets, int64_t tokens, int64_t heads,
+                                     int64_t rows, int64_t block) {
+  const int64_t per_head = offsets ? tokens / rows + p.batch : (tokens + rows - 1) / rows;
+  const int64_t head = block / per_head % heads;
+  if (!offsets) return {block / per_head / heads, head, block % per_head};
+  const PackedTile tile = packed_tile(offsets, p.batch, tokens, rows, block % per_head);
+  return {tile.batch, head, tile.index};
+}
+
+// Every lane of a warp comes here together.
+ATTNFAST_DEVICE Rows rows_of_block(const AttentionParams& p, int64_t rows, int64_t block, int64_t group) {
+  const BlockTile tile = block_tile(p, p.cu_seqlens_q, p.query_tokens, p.heads, rows, block);
+  Rows r = rows_of_head(p, tile.batch, tile.head, group);
+  const int64_t first = tile.index < 0 ? r.sequence.query_rows : clamp_index(tile.index * rows, 0, r.sequence.query_rows);
+  set_rows(r, first, clamp_index(first + rows, 0, r.sequence.query_rows));
   return r;
 }
 
@@ -131,16 +172,12 @@ ATTNFAST_DEVICE Rows rows_of_block(const AttentionParams& p, int64_t rows) {
   return rows_of_block(p, rows, blockIdx.x, 1);
 }
 
-// Queries [first, first + rows) of one head and sample, for a block that names them itself.
+// Queries [first, first + rows) of one head and sample, for a block that names them itself; what is below 0 is not
+// there. Every lane of a warp comes here together.
 ATTNFAST_DEVICE Rows rows_at(const AttentionParams& p, int64_t batch, int64_t head, int64_t first, int64_t rows) {
   Rows r = rows_of_head(p, batch, head, 1);
-  r.first = first;
-  r.last = first + rows < p.query_tokens ? first + rows : p.query_tokens;
-  const int64_t last_valid = r.last < r.sequence.queries ? r.last : r.sequence.queries;
-  if (first < last_valid) {
-    r.key_begin = first_key(r.band, first);
-    r.key_end = end_key(r.band, last_valid - 1);
-  }
+  const int64_t last = first + rows < r.sequence.query_rows ? first + rows : r.sequence.query_rows;
+  set_rows(r, first > 0 ? first : 0, last);
   return r;
 }
 
@@ -175,7 +212,7 @@ template <class R>
 ATTNFAST_DEVICE TileRow<R> tile_row_of(const AttentionParams& p, const Rows& r, bool modified, int64_t q, int64_t key,
                                        int keys) {
   TileRow<R> row = {};
-  if (q >= r.sequence.queries) return row;
+  if (!has_index(q, r.sequence.queries)) return row;
   const KeyRange seen = row_keys(r.band, r.bounds, q, position_of(r, q));
   row.begin = static_cast<int>(clamp_index(seen.begin - key, 0, keys));
   row.end = static_cast<int>(clamp_index(seen.end - key, 0, keys));
@@ -234,7 +271,7 @@ struct RowPrior {
 template <class R>
 ATTNFAST_DEVICE RowPrior<R> prior_row_of(const AttentionParams& p, const Rows& r, int64_t q, int64_t key) {
   RowPrior<R> row = {};
-  if (!(p.prior_sigma > 0.0) || q >= r.sequence.queries) return row;
+  if (!(p.prior_sigma > 0.0) || !has_index(q, r.sequence.queries)) return row;
   row.first = static_cast<R>(key);
   row.center = static_cast<const R*>(p.prior_center)[row_index(p, r.sequence, r.head, q)];
   row.rate = fmin(R(1) / static_cast<R>(p.prior_sigma), largest_finite<R>());  // a distance of 0 must stay 0
