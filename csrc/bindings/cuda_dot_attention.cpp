@@ -73,7 +73,7 @@ py::object dot_attention_bwd(PyObject* const* items, Py_ssize_t given) {
                {{"planes", 3}, {"B", call.rows_batch}, {"H", params.heads}, {"T_q", params.query_tokens}});
   params.delta = delta.data;
   call.set_gradients(gradients);
-  set_modifiers_or_refuse(call, modifiers, cuda::dot_attention_bwd_missing);
+  call.set_modifiers(modifiers);
   call.set_modifier_gradients(modifiers, gradients);
   call.set_threads(threads);
   queue(args.device(), [&](void* stream) { cuda::dot_attention_bwd(params, stream); });

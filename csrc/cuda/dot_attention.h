@@ -27,7 +27,6 @@ void dot_attention_weights(const DotAttentionParams& params, void* stream);
 
 // The same of the gradients. params.delta is a workspace of three planes [B, H, T_q]; gradients of biases are
 // overwritten.
-const char* dot_attention_bwd_missing(const DotAttentionParams& params);
 const char* dot_attention_bwd_kernel_name(const DotAttentionParams& params);
 void dot_attention_bwd(const DotAttentionParams& params, void* stream);
 

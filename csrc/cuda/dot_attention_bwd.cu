@@ -1,5 +1,5 @@
-// The gradients of the dot core: what no kernel of theirs has yet, which kernels take a call, and the two that go over
-// rows only: what each query brings to its scores' gradients, and the gradient of the sink.
+// The gradients of the dot core: which kernels take a call, and the two that go over rows only: what each query brings
+// to its scores' gradients, and the gradient of the sink.
 #include "cuda/device/gradients.cuh"
 #include "cuda/dot_attention.h"
 #include "cuda/launch.h"
@@ -13,12 +13,11 @@ constexpr int kThreads = 128, kRowsPerBlock = kThreads / 32;
 template <class R>
 ATTNFAST_DEVICE SoftmaxState<R> row_state(const DotAttentionParams& p, const Rows& rows, int64_t q) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int64_t b = rows.sequence.tensor_batch;
   const bool modified = is_modified(p);
-  const int64_t query = offset4(p.query, b, rows.head, q, 0);
+  const int64_t query = query_offset(rows, p.query) + q * p.query.stride[2], keys = key_offset(rows, p.key);
   SoftmaxState<R> state{negative_infinity<R>(), R(0)};
   for (int64_t key = rows.key_begin + lane; key < rows.key_end; key += 32) {
-    const int64_t at = offset4(p.key, b, rows.kv_head, key, 0);
+    const int64_t at = keys + key * p.key.stride[2];
     R product = R(0);
     for (int64_t d = 0; d < p.head_size; ++d) {
       product += load_element<R>(p.query.data, p.query.dtype, query + d * p.query.stride[3]) *
@@ -69,8 +68,11 @@ __global__ void __launch_bounds__(kThreads, 4) dot_attention_bwd_rows_kernel(Dot
 
   R base = static_cast<const R*>(p.lse)[row], log = R(0);
   if (fabs(base) > static_cast<R>(kHugeLse) && base - base == R(0)) {
-    const Rows rows = rows_at(p, b, h, q, 1);
-    const SoftmaxState<R> state = row_state<R>(p, rows, q);
+    const int64_t sequence = p.cu_seqlens_q ? packed_sequence(p.cu_seqlens_q, p.batch, q) : b;
+    Rows rows = rows_of_head(p, sequence, h, 1);
+    const int64_t own = q - rows.sequence.query_begin;
+    if (has_index(own, rows.sequence.queries)) set_rows(rows, own, own + 1);
+    const SoftmaxState<R> state = row_state<R>(p, rows, own);
     if (state.sum != R(0)) {
       const R sink = p.sink ? exp2_of(static_cast<const R*>(p.sink)[h] * static_cast<R>(kLog2e) - state.maximum) : R(0);
       base = state.maximum;
@@ -93,7 +95,8 @@ __global__ void __launch_bounds__(kThreads) dot_attention_bwd_sink_kernel(DotAtt
   const int64_t h = blockIdx.x;
   const R sink = static_cast<const R*>(p.sink)[h] * static_cast<R>(kLog2e);
   double sum = 0;
-  for (int64_t i = thread; i < p.batch * p.query_tokens; i += kThreads) {
+  const int64_t rows = plane_size(p) / p.heads;
+  for (int64_t i = thread; i < rows; i += kThreads) {
     const int64_t row = (i / p.query_tokens * p.heads + h) * p.query_tokens + i % p.query_tokens;
     const R lse = static_cast<const R*>(p.lse)[row];
     if (lse == negative_infinity<R>()) continue;
@@ -124,23 +127,11 @@ void rows_and_sink(const DotAttentionParams& p, Stream stream) {
 
 }  // namespace
 
-const char* dot_attention_bwd_missing(const DotAttentionParams& p) {
-  if (p.head_size > 256 || p.value_size > 256) return "gradients of head sizes above 256";
-  if (p.cu_seqlens_q) return "gradients of packed sequences (cu_seqlens)";
-  if (p.grad_weights.data) return "gradients of weights (return_weights)";
-  if (p.window_bounds) return "gradients of windows around centres (window_center)";
-  if (p.prior_sigma > 0.0) return "gradients of a Gaussian prior (prior)";
-  return nullptr;
-}
-
 const char* dot_attention_bwd_kernel_name(const DotAttentionParams& p) {
   return dot_attention_mma_bwd_takes(p) ? "dot_attention_bwd_mma" : "dot_attention_bwd_fma";
 }
 
 void dot_attention_bwd(const DotAttentionParams& p, void* stream) {
-  if (const char* missing = dot_attention_bwd_missing(p)) {
-    throw std::runtime_error(call_text("dot_attention_bwd", p) + ": no kernel has " + missing);
-  }
   if (p.query.dtype == DType::kFloat64)
     rows_and_sink<double>(p, static_cast<Stream>(stream));
   else

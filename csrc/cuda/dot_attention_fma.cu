@@ -2,11 +2,10 @@
 // not take (D not a multiple of 8, unusual strides or alignment), widened to float32, and head sizes above 256. Any
 // strides.
 //
-// Threads and tiles are those of device/fma_tile.cuh; of the output a thread has 16 bytes of every group of value
-// columns. For each tile of keys: K to shared memory, scores in registers, online softmax, weights to shared memory, V
-// over K, weights times V. Of larger heads a tile's scores are formed 256 features at a time, and a block has 256 value
-// columns: the blocks of the others form the same scores again.
-#include "cuda/device/fma_tile.cuh"
+// Threads and tiles are those of device/fma_tiles.cuh. For each tile of keys: K to shared memory, scores in registers,
+// online softmax, weights to shared memory, V over K, weights times V. Of larger heads a tile's scores are formed 256
+// features at a time, and a block has 256 value columns: the blocks of the others form the same scores again.
+#include "cuda/device/fma_tiles.cuh"
 #include "cuda/dot_attention.h"
 #include "cuda/launch.h"
 #include "cuda/parts.cuh"
@@ -14,11 +13,8 @@
 namespace attnfast::cuda {
 namespace {
 
-using namespace fma_tile;
-
-template <class R, int kHead>
-constexpr int kSharedElements = (Plan<R, kHead>::kRows + Plan<R, kHead>::kKeys) * Plan<R, kHead>::kPitch +
-                                Plan<R, kHead>::kRows * Plan<R, kHead>::kWeightPitch;
+template <class P>
+constexpr int kSharedElements = (P::kRows + P::kColumns) * P::kPitch + P::kRows * P::kWeightPitch;
 
 // Blocks that share the rows of a large head, 256 value columns each.
 ATTNFAST_HD int64_t value_chunks(const DotAttentionParams& p) {
@@ -26,13 +22,12 @@ ATTNFAST_HD int64_t value_chunks(const DotAttentionParams& p) {
 }
 
 template <class R, int kHead, bool kLarge>
-__global__ void __launch_bounds__(kThreads, 2) dot_attention_fma_kernel(DotAttentionParams p, Parts parts) {
-  using P = Plan<R, kHead>;
-  using Vector = typename P::Vector;
+__global__ void __launch_bounds__(kFmaThreads, 2) dot_attention_fma_kernel(DotAttentionParams p, Parts parts) {
+  using P = FmaForwardPlan<R, kHead>;
   ATTNFAST_SHARED(shared);
   R* queries = reinterpret_cast<R*>(shared);
   R* tile = queries + P::kRows * P::kPitch;  // keys, then values
-  R* weights = tile + P::kKeys * P::kPitch;
+  R* weights = tile + P::kColumns * P::kPitch;
   const int tx = static_cast<int>(threadIdx.x) % kColumnGroups, ty = static_cast<int>(threadIdx.x) / kColumnGroups;
   int64_t block = blockIdx.x, value_begin = 0;
   if constexpr (kLarge) {
@@ -47,10 +42,12 @@ __global__ void __launch_bounds__(kThreads, 2) dot_attention_fma_kernel(DotAtten
   __syncthreads();
   const bool modified = is_modified(p), factored = has_factor(p);
 
-  if constexpr (!kLarge) {
-    load_rows<R, kHead>(queries, p.query, query_offset(rows, p.query), rows.first, P::kRows, rows.last, 0, p.head_size);
-  }
-  R out[P::kRowsOfThread][P::kGroups][P::kWidth] = {};
+  const FmaRows query_rows = {p.query, query_offset(rows, p.query), rows.last, p.head_size};
+  const FmaRows key_rows = {p.key, key_offset(rows, p.key), rows.sequence.keys, p.head_size};
+  const FmaRows value_rows = {p.value, key_offset(rows, p.value), rows.sequence.keys, p.value_size};
+  if constexpr (!kLarge) load_rows<P>(queries, query_rows, rows.first, P::kRows);
+  FmaSum<P> out;
+  out.clear();
   R maximum[P::kRowsOfThread], sum[P::kRowsOfThread];
 #pragma unroll
   for (int i = 0; i < P::kRowsOfThread; ++i) {
@@ -58,26 +55,26 @@ __global__ void __launch_bounds__(kThreads, 2) dot_attention_fma_kernel(DotAtten
     sum[i] = R(0);
   }
 
-  for (int64_t key = rows.key_begin / P::kKeys * P::kKeys; key < rows.key_end; key += P::kKeys) {
-    R score[P::kRowsOfThread][P::kKeysOfThread] = {};
+  for (int64_t key = rows.key_begin / P::kColumns * P::kColumns; key < rows.key_end; key += P::kColumns) {
+    typename P::Products score = {};
     if constexpr (kLarge) {
-      add_products_of<R, kHead>(p, rows, queries, tile, rows.first, key, score);
+      add_products_of<P>(query_rows, rows.first, key_rows, key, queries, tile, score);
     } else {
       __syncthreads();  // values of the tile before are no longer read
-      load_rows<R, kHead>(tile, p.key, key_offset(rows, p.key), key, P::kKeys, rows.sequence.keys, 0, p.head_size);
+      load_rows<P>(tile, key_rows, key, P::kColumns);
       __syncthreads();
-      add_products<R, kHead>(queries, tile, static_cast<int>(p.head_size), score);
+      add_products<P>(queries, tile, static_cast<int>(p.head_size), score);
     }
 
-    const bool plain = !modified && sees_all(rows, key, P::kKeys);
+    const bool plain = !modified && sees_all(rows, key, P::kColumns);
 #pragma unroll
     for (int i = 0; i < P::kRowsOfThread; ++i) {
       const int64_t q = rows.first + ty + i * kRowGroups;
-      const TileRow<R> row = tile_row_of<R>(p, rows, modified, q, key, P::kKeys);
+      const TileRow<R> row = tile_row_of<R>(p, rows, modified, q, key, P::kColumns);
       const RowPrior<R> prior = prior_row_of<R>(p, rows, q, key);
       R largest = maximum[i];
 #pragma unroll
-      for (int j = 0; j < P::kKeysOfThread; ++j) {
+      for (int j = 0; j < P::kColumnsOfThread; ++j) {
         score[i][j] = score_of(p, row, modified, tx + j * kColumnGroups, score[i][j]);
         largest = fmax(largest, score[i][j]);
       }
@@ -90,46 +87,21 @@ __global__ void __launch_bounds__(kThreads, 2) dot_attention_fma_kernel(DotAtten
       maximum[i] = largest;
       sum[i] *= shrink;
 #pragma unroll
-      for (int j = 0; j < P::kKeysOfThread; ++j) {
+      for (int j = 0; j < P::kColumnsOfThread; ++j) {
         const bool hidden = score[i][j] == negative_infinity<R>();
         R weight = hidden ? R(-0.0) : exp2_of(score[i][j] - shift);
         sum[i] += weight;
         if (factored && !hidden) weight = apply_factor(p, rows, prior, q, key, tx + j * kColumnGroups, weight);
         weights[(ty + i * kRowGroups) * P::kWeightPitch + tx + j * kColumnGroups] = weight;
       }
-#pragma unroll
-      for (int g = 0; g < P::kGroups; ++g)
-#pragma unroll
-        for (int e = 0; e < P::kWidth; ++e) out[i][g][e] *= shrink;
+      out.multiply_row(i, shrink);
     }
 
     __syncthreads();  // keys are no longer read
-    const bool strange = load_rows<R, kHead>(tile, p.value, key_offset(rows, p.value), key, P::kKeys,
-                                             rows.sequence.keys, value_begin, p.value_size);
+    const bool strange = load_rows<P>(tile, value_rows, key, P::kColumns, value_begin);
     // A hidden value may hold anything, and zero times that is not zero: then each product is selected.
     const bool select = __syncthreads_or(strange && !plain);
-#pragma unroll 1
-    for (int k = 0; k < P::kKeys; k += P::kWidth) {
-      Vector weight[P::kRowsOfThread];
-#pragma unroll
-      for (int i = 0; i < P::kRowsOfThread; ++i) {
-        weight[i] = *reinterpret_cast<const Vector*>(weights + (ty + i * kRowGroups) * P::kWeightPitch + k);
-      }
-#pragma unroll
-      for (int e = 0; e < P::kWidth; ++e) {
-#pragma unroll
-        for (int g = 0; g < P::kGroups; ++g) {
-          const Vector v =
-              *reinterpret_cast<const Vector*>(tile + (k + e) * P::kPitch + (g * kColumnGroups + tx) * P::kWidth);
-#pragma unroll
-          for (int i = 0; i < P::kRowsOfThread; ++i) {
-            if (select && is_hidden(weight[i].x[e])) continue;
-#pragma unroll
-            for (int c = 0; c < P::kWidth; ++c) out[i][g][c] += weight[i].x[e] * v.x[c];
-          }
-        }
-      }
-    }
+    out.add(weights, tile, select);
   }
 
 #pragma unroll
@@ -141,25 +113,19 @@ __global__ void __launch_bounds__(kThreads, 2) dot_attention_fma_kernel(DotAtten
     const bool writes = tx == 0 && value_begin == 0;
     // A row that sees nothing has scale 0 and, having met nothing, out 0.
     const Finish<R> to = finish_row(p, rows, parts, block, q, maximum[i], sum[i], writes);
-#pragma unroll
-    for (int g = 0; g < P::kGroups; ++g) {
-#pragma unroll
-      for (int e = 0; e < P::kWidth; ++e) {
-        const int64_t c = value_begin + (g * kColumnGroups + tx) * P::kWidth + e;
-        if (c < p.value_size) store_element(to.data, to.dtype, to.offset + c * to.stride, out[i][g][e] * to.scale);
-      }
-    }
+    out.store_row(i, to.data, to.dtype, to.offset, to.stride, value_begin, p.value_size, to.scale);
   }
 }
 
 template <class R, int kHead, bool kLarge = false>
 void launch(const DotAttentionParams& p, const Parts& parts, Stream stream) {
   constexpr const char* kName = sizeof(R) == 4 ? "dot_attention_fma<float>" : "dot_attention_fma<double>";
-  constexpr size_t kBytes = kSharedElements<R, kHead> * sizeof(R) + sizeof(Rows);
+  using P = FmaForwardPlan<R, kHead>;
+  constexpr size_t kBytes = kSharedElements<P> * sizeof(R) + sizeof(Rows);
   const int64_t copies = parts.splits * (kLarge ? value_chunks(p) : 1);
   allow_shared(dot_attention_fma_kernel<R, kHead, kLarge>, kBytes, kName, p);
-  ATTNFAST_LAUNCH((dot_attention_fma_kernel<R, kHead, kLarge>), grid_of(p, Plan<R, kHead>::kRows, kName, copies),
-                  kThreads, kBytes, stream, p, parts);
+  ATTNFAST_LAUNCH((dot_attention_fma_kernel<R, kHead, kLarge>), grid_of(p, P::kRows, kName, copies), kFmaThreads,
+                  kBytes, stream, p, parts);
   check_launched(kName, p);
 }
 

@@ -2,23 +2,22 @@
 // dropout: the full matrix, its column sums, or its row maxima. By fused multiply-adds in float32 (float64) for every
 // dtype.
 //
-// Threads and tiles are those of device/fma_tile.cuh, 64 features at a time. A block of rows passes over the keys that
+// Threads and tiles are those of device/fma_tiles.cuh, 64 features at a time. A block of rows passes over the keys that
 // they may see; a block of columns sums over the queries in their order, each thread over its own, and then the
 // threads' sums in order: no atomics.
-#include "cuda/device/fma_tile.cuh"
+#include "cuda/device/fma_tiles.cuh"
 #include "cuda/dot_attention.h"
 #include "cuda/launch.h"
 
 namespace attnfast::cuda {
 namespace {
 
-using namespace fma_tile;
-
-constexpr int kDepth = 64;
 template <class R>
-using Shape = Plan<R, kDepth>;
+using Shape = FmaForwardPlan<R, 64>;
 template <class R>
-constexpr int kSharedElements = (Shape<R>::kRows + Shape<R>::kKeys) * Shape<R>::kPitch;
+using Scores = typename Shape<R>::Products;
+template <class R>
+constexpr int kSharedElements = (Shape<R>::kRows + Shape<R>::kColumns) * Shape<R>::kPitch;
 
 // A block's tiles in shared memory, its rows there too, because registers are short, and a thread's place among them.
 template <class R>
@@ -46,18 +45,20 @@ ATTNFAST_DEVICE const Rows& share_rows(const Tiles<R>& tiles, const Rows& found)
 // Scores, base 2, of the rows from q0 and the keys from `key` on.
 template <class R>
 ATTNFAST_DEVICE void form_scores(const DotAttentionParams& p, const Rows& rows, const Tiles<R>& tiles, int64_t q0,
-                                 int64_t key, Scores<R, kDepth>& score) {
+                                 int64_t key, Scores<R>& score) {
   const bool modified = is_modified(p);
 #pragma unroll
   for (int i = 0; i < Shape<R>::kRowsOfThread; ++i)
 #pragma unroll
-    for (int j = 0; j < Shape<R>::kKeysOfThread; ++j) score[i][j] = R(0);
-  add_products_of<R, kDepth>(p, rows, tiles.queries, tiles.keys, q0, key, score);
+    for (int j = 0; j < Shape<R>::kColumnsOfThread; ++j) score[i][j] = R(0);
+  const FmaRows query_rows = {p.query, query_offset(rows, p.query), rows.sequence.query_rows, p.head_size};
+  const FmaRows key_rows = {p.key, key_offset(rows, p.key), rows.sequence.keys, p.head_size};
+  add_products_of<Shape<R>>(query_rows, q0, key_rows, key, tiles.queries, tiles.keys, score);
 #pragma unroll
   for (int i = 0; i < Shape<R>::kRowsOfThread; ++i) {
-    const TileRow<R> row = tile_row_of<R>(p, rows, modified, q0 + tiles.ty + i * kRowGroups, key, Shape<R>::kKeys);
+    const TileRow<R> row = tile_row_of<R>(p, rows, modified, q0 + tiles.ty + i * kRowGroups, key, Shape<R>::kColumns);
 #pragma unroll
-    for (int j = 0; j < Shape<R>::kKeysOfThread; ++j) {
+    for (int j = 0; j < Shape<R>::kColumnsOfThread; ++j) {
       score[i][j] = score_of(p, row, modified, tiles.tx + j * kColumnGroups, score[i][j]);
     }
   }
@@ -94,13 +95,13 @@ ATTNFAST_DEVICE Bases<R> bases_of(const DotAttentionParams& p, const Rows& rows,
     sum[i] = R(0);
   }
 #pragma unroll 1
-  for (int64_t key = 0; key < rows.sequence.keys; key += Shape<R>::kKeys) {
-    Scores<R, kDepth> score;
+  for (int64_t key = 0; key < rows.sequence.keys; key += Shape<R>::kColumns) {
+    Scores<R> score;
     form_scores(p, rows, tiles, q0, key, score);
 #pragma unroll
     for (int i = 0; i < kMine; ++i) {
 #pragma unroll
-      for (int j = 0; j < Shape<R>::kKeysOfThread; ++j) {
+      for (int j = 0; j < Shape<R>::kColumnsOfThread; ++j) {
         const R x = score[i][j];
         if (x == negative_infinity<R>()) continue;
         const R larger = fmax(maximum[i], x);
@@ -133,7 +134,7 @@ ATTNFAST_DEVICE Bases<R> bases_of(const DotAttentionParams& p, const Rows& rows,
 // The weights of the rows from q0 and the keys from `key` on; what is hidden is -0.
 template <class R>
 ATTNFAST_DEVICE void form_weights(const DotAttentionParams& p, const Rows& rows, const Tiles<R>& tiles,
-                                  const Bases<R>& bases, int64_t q0, int64_t key, Scores<R, kDepth>& weight) {
+                                  const Bases<R>& bases, int64_t q0, int64_t key, Scores<R>& weight) {
   form_scores(p, rows, tiles, q0, key, weight);
   const bool factored = has_factor(p);
 #pragma unroll
@@ -141,7 +142,7 @@ ATTNFAST_DEVICE void form_weights(const DotAttentionParams& p, const Rows& rows,
     const int64_t q = q0 + tiles.ty + i * kRowGroups;
     const RowPrior<R> prior = prior_row_of<R>(p, rows, q, key);
 #pragma unroll
-    for (int j = 0; j < Shape<R>::kKeysOfThread; ++j) {
+    for (int j = 0; j < Shape<R>::kColumnsOfThread; ++j) {
       R& x = weight[i][j];
       if (x == negative_infinity<R>()) {
         x = R(-0.0);
@@ -155,8 +156,8 @@ ATTNFAST_DEVICE void form_weights(const DotAttentionParams& p, const Rows& rows,
 
 // Full matrix and row maxima: a block has rows.
 template <class R>
-__global__ void __launch_bounds__(kThreads, 2) dot_attention_row_weights_kernel(DotAttentionParams p) {
-  constexpr int kMine = Shape<R>::kRowsOfThread, kKeys = Shape<R>::kKeys;
+__global__ void __launch_bounds__(kFmaThreads, 2) dot_attention_row_weights_kernel(DotAttentionParams p) {
+  constexpr int kMine = Shape<R>::kRowsOfThread, kKeys = Shape<R>::kColumns;
   ATTNFAST_SHARED(shared);
   const Tiles<R> tiles = tiles_in<R>(shared);
   const Rows& rows = share_rows(tiles, rows_of_block(p, Shape<R>::kRows));
@@ -169,7 +170,7 @@ __global__ void __launch_bounds__(kThreads, 2) dot_attention_row_weights_kernel(
 
   if (full) {  // what no tile has; of packed sequences that is all other sequences' keys too
     const int64_t low = rows.sequence.key_begin + begin, high = rows.sequence.key_begin + end;
-    for (int64_t q = rows.first + threadIdx.x / 32; q < rows.last; q += kThreads / 32) {
+    for (int64_t q = rows.first + threadIdx.x / 32; q < rows.last; q += kFmaThreads / 32) {
       const int64_t row = to + q * p.weights.stride[2];
       for (int64_t k = threadIdx.x % 32; k < p.key_tokens; k += 32) {
         if (k < low || k >= high) store_element(p.weights.data, p.weights.dtype, row + k * p.weights.stride[3], R(0));
@@ -185,13 +186,13 @@ __global__ void __launch_bounds__(kThreads, 2) dot_attention_row_weights_kernel(
   }
   const Bases<R> bases = bases_of(p, rows, tiles, rows.first);
   for (int64_t key = begin; key < rows.key_end; key += kKeys) {
-    Scores<R, kDepth> weight;
+    Scores<R> weight;
     form_weights(p, rows, tiles, bases, rows.first, key, weight);
 #pragma unroll
     for (int i = 0; i < kMine; ++i) {
       const int64_t q = rows.first + tiles.ty + i * kRowGroups;
 #pragma unroll
-      for (int j = 0; j < Shape<R>::kKeysOfThread; ++j) {
+      for (int j = 0; j < Shape<R>::kColumnsOfThread; ++j) {
         const int64_t k = key + tiles.tx + j * kColumnGroups;
         const R x = weight[i][j];
         if (full) {
@@ -231,15 +232,12 @@ __global__ void __launch_bounds__(kThreads, 2) dot_attention_row_weights_kernel(
 
 // Column sums: a block has keys.
 template <class R>
-__global__ void __launch_bounds__(kThreads, 2) dot_attention_column_weights_kernel(DotAttentionParams p) {
-  constexpr int kRows = Shape<R>::kRows, kKeys = Shape<R>::kKeys;
+__global__ void __launch_bounds__(kFmaThreads, 2) dot_attention_column_weights_kernel(DotAttentionParams p) {
+  constexpr int kRows = Shape<R>::kRows, kKeys = Shape<R>::kColumns;
   ATTNFAST_SHARED(shared);
   const Tiles<R> tiles = tiles_in<R>(shared);
-  const int64_t per_head = p.cu_seqlens_k ? p.key_tokens / kKeys + p.batch : (p.key_tokens + kKeys - 1) / kKeys;
-  const int64_t block = blockIdx.x;
-  PackedTile tile = {block / per_head / p.heads, block % per_head};
-  if (p.cu_seqlens_k) tile = packed_tile(p.cu_seqlens_k, p.batch, p.key_tokens, kKeys, tile.index);
-  const Rows& rows = share_rows(tiles, rows_of_head(p, tile.batch, block / per_head % p.heads, 1));
+  const BlockTile tile = block_tile(p, p.cu_seqlens_k, p.key_tokens, p.heads, kKeys, blockIdx.x);
+  const Rows& rows = share_rows(tiles, rows_of_head(p, tile.batch, tile.head, 1));
   const int64_t key = tile.index * kKeys, columns = p.cu_seqlens_k ? rows.sequence.keys : p.key_tokens;
   if (tile.index < 0 || key >= columns) return;
   int64_t begin = 0, end = key < rows.sequence.keys ? rows.sequence.queries : 0;
@@ -248,20 +246,20 @@ __global__ void __launch_bounds__(kThreads, 2) dot_attention_column_weights_kern
     end = clamp_index(end_query(rows.band, key + kKeys - 1), 0, end);
   }
 
-  R sum[Shape<R>::kKeysOfThread] = {};
+  R sum[Shape<R>::kColumnsOfThread] = {};
   for (int64_t q = begin / kRows * kRows; q < end; q += kRows) {
     const Bases<R> bases = bases_of(p, rows, tiles, q);
-    Scores<R, kDepth> weight;
+    Scores<R> weight;
     form_weights(p, rows, tiles, bases, q, key, weight);
 #pragma unroll
     for (int i = 0; i < Shape<R>::kRowsOfThread; ++i)
 #pragma unroll
-      for (int j = 0; j < Shape<R>::kKeysOfThread; ++j) sum[j] += weight[i][j];
+      for (int j = 0; j < Shape<R>::kColumnsOfThread; ++j) sum[j] += weight[i][j];
   }
   __syncthreads();  // keys are no longer read
   R* sums = tiles.keys;
 #pragma unroll
-  for (int j = 0; j < Shape<R>::kKeysOfThread; ++j) sums[tiles.ty * kKeys + tiles.tx + j * kColumnGroups] = sum[j];
+  for (int j = 0; j < Shape<R>::kColumnsOfThread; ++j) sums[tiles.ty * kKeys + tiles.tx + j * kColumnGroups] = sum[j];
   __syncthreads();
   const int mine = static_cast<int>(threadIdx.x);
   if (mine >= kKeys || key + mine >= columns) return;
@@ -277,15 +275,15 @@ void launch(const DotAttentionParams& p, Stream stream) {
   constexpr size_t kBytes = kSharedElements<R> * sizeof(R) + sizeof(Rows);
   static_assert(kBytes <= 48 * 1024);
   if (p.weights_mode == WeightsMode::kColumnSum) {
-    const int64_t keys = Shape<R>::kKeys;
+    const int64_t keys = Shape<R>::kColumns;
     const int64_t tiles = p.cu_seqlens_k ? p.key_tokens / keys + p.batch : (p.key_tokens + keys - 1) / keys * p.batch;
     if (tiles == 0) return;
-    ATTNFAST_LAUNCH((dot_attention_column_weights_kernel<R>), checked_grid(p, tiles * p.heads, kName), kThreads, kBytes,
-                    stream, p);
+    ATTNFAST_LAUNCH((dot_attention_column_weights_kernel<R>), checked_grid(p, tiles * p.heads, kName), kFmaThreads,
+                    kBytes, stream, p);
   } else {
     if (p.query_tokens == 0) return;
-    ATTNFAST_LAUNCH((dot_attention_row_weights_kernel<R>), grid_of(p, Shape<R>::kRows, kName), kThreads, kBytes, stream,
-                    p);
+    ATTNFAST_LAUNCH((dot_attention_row_weights_kernel<R>), grid_of(p, Shape<R>::kRows, kName), kFmaThreads, kBytes,
+                    stream, p);
   }
   check_launched(kName, p);
 }

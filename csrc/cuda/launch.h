@@ -79,9 +79,4 @@ inline unsigned grid_of(const AttentionParams& p, int64_t rows, const char* kern
   return checked_grid(p, tiles * p.heads * copies, kernel);
 }
 
-// One block for each `rows` of `tokens` of each of `heads` heads of each sample.
-inline unsigned blocks_of(const AttentionParams& p, int64_t tokens, int64_t rows, int64_t heads, const char* kernel) {
-  return checked_grid(p, (tokens + rows - 1) / rows * heads * p.batch, kernel);
-}
-
 }  // namespace attnfast::cuda

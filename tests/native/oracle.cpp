@@ -75,7 +75,7 @@ Row softmax_row(const Problem& problem, int64_t b, int64_t h, int64_t q) {
     row.capped[k] = s;
     if (problem.alibi) s -= problem.alibi.get(0, 0, b, h) * std::fabs(static_cast<double>(q + shift - k));
     for (const HostTensor& bias : problem.bias)
-      if (bias) s += bias.get(b, h, q, k);
+      if (bias) s += bias.get(t, h, problem.query_begin(b) + q, problem.key_begin(b) + k);
     score[k] = s;
     maximum = std::max(maximum, s);
   }
@@ -199,7 +199,7 @@ void backward_by_definition(const Problem& problem, const std::vector<int64_t>& 
       double grad = row.probability[k] * (grad_probability[k] - mean + grad_lse);
       double grad_size = row.probability[k] * (size[k] + mean_size);
       for (int x = 0; x < 2; ++x)
-        if (problem.bias[x]) e.grad_bias[x].add(b, h, q, k, grad, grad_size);
+        if (problem.bias[x]) e.grad_bias[x].add(t, h, i, j, grad, grad_size);
       double slope = c.additive ? 1 : c.scale;
       if (c.softcap > 0) slope *= 1 - row.capped[k] / c.softcap * (row.capped[k] / c.softcap);
       grad *= slope;

@@ -360,14 +360,14 @@ bool Problem::visible(int64_t b, int64_t h, int64_t q, int64_t k) const {
   if (config.causal != Causal::kNone && k > position) return false;
   if (config.window_left >= 0 && k < position - config.window_left) return false;
   if (config.window_right >= 0 && k > position + config.window_right) return false;
+  const int64_t t = tensor_batch(b), i = query_begin(b) + q, j = key_begin(b) + k;
   if (bounds) {
-    const int64_t t = tensor_batch(b), i = query_begin(b) + q;
     const double place = static_cast<double>(k);
     if (place < bounds.get(t, h, i, 0) || place >= bounds.get(t, h, i, 1)) return false;
   }
-  if (mask && mask.get(b, h, q, k) == 0) return false;
+  if (mask && mask.get(t, h, i, j) == 0) return false;
   for (const HostTensor& x : bias)
-    if (x && x.get(b, h, q, k) == -std::numeric_limits<double>::infinity()) return false;
+    if (x && x.get(t, h, i, j) == -std::numeric_limits<double>::infinity()) return false;
   return true;
 }
 

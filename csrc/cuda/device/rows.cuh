@@ -163,7 +163,8 @@ ATTNFAST_DEVICE BlockTile block_tile(const AttentionParams& p, const int64_t* of
 ATTNFAST_DEVICE Rows rows_of_block(const AttentionParams& p, int64_t rows, int64_t block, int64_t group) {
   const BlockTile tile = block_tile(p, p.cu_seqlens_q, p.query_tokens, p.heads, rows, block);
   Rows r = rows_of_head(p, tile.batch, tile.head, group);
-  const int64_t first = tile.index < 0 ? r.sequence.query_rows : clamp_index(tile.index * rows, 0, r.sequence.query_rows);
+  const int64_t first =
+      tile.index < 0 ? r.sequence.query_rows : clamp_index(tile.index * rows, 0, r.sequence.query_rows);
   set_rows(r, first, clamp_index(first + rows, 0, r.sequence.query_rows));
   return r;
 }
