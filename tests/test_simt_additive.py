@@ -195,8 +195,8 @@ def test_sizes_of_arguments(backend: ModuleType, dtype: torch.dtype, spread: flo
         check(dtype, operands(dtype, rows, 40, 24, 8, spread), {})
 
 
-# The last argument of one way, and the first of the next (device/additive.cuh).
-@pytest.mark.parametrize("edge", [0.3125, 5.195, 43.0])
+# The last argument of one way, and the first of the next (device/additive.cuh); and some that a way must not have.
+@pytest.mark.parametrize("edge", [0.3125, 0.5, 0.8, 5.195, 6.0, 9.0, 11.0, 43.0, 44.5, 60.0])
 def test_both_sides_of_a_change_of_ways(backend: ModuleType, edge: float) -> None:
     results = []
     for size in (edge * (1 - 1e-6), edge * (1 + 1e-6)):
@@ -231,6 +231,23 @@ def test_a_sink_of_nothing_has_no_gradient(backend: ModuleType) -> None:
     sink = torch.full((2,), -math.inf, requires_grad=True)
     out = attnfast.additive_attention(*tensors, mask=mask, sink=sink)
     assert torch.equal(torch.autograd.grad(out.square().sum(), sink)[0], torch.zeros(2))
+
+
+@pytest.mark.parametrize("large", [1.0, 1e10, 1e20, 1e36])
+def test_large_arguments_that_cancel(backend: ModuleType, large: float) -> None:
+    """e^2x keeps its digits up to the last argument that has one, and weights up to theirs."""
+    sizes = torch.linspace(5.0, 42.0, 38, dtype=torch.float64).view(1, 1, 38, 1)
+    generator = torch.Generator().manual_seed(4)
+    query = (sizes + torch.randn(1, 1, 38, 16, generator=generator, dtype=torch.float64) / 4).float()
+    weight = torch.randn(1, 16, generator=generator)
+    errors = []
+    for q in range(38):
+        key = (-query[:, :, q : q + 1] + 0.3).contiguous()
+        values = torch.ones(1, 1, 1, 1)
+        _, lse = attnfast.additive_attention(query[:, :, q : q + 1], key, values, weight * large, return_lse=True)[:2]
+        wanted = (weight.double() * torch.tanh(query[:, :, q].double() + key[:, :, 0].double())).sum()
+        errors.append(lse.double().item() / large - wanted.item())
+    assert torch.tensor(errors).square().mean().sqrt() < 6e-7
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
@@ -508,16 +525,19 @@ def test_what_a_window_hides_takes_no_part(backend: ModuleType, rows: int) -> No
     found = []
     for k, v, poison in ((key, value, math.nan), (*clean, 0.0)):
         grads = arrived.clone()
+        grad_out = torch.ones(2, 1, rows, 16)
+        grad_out[:, :, 1] = poison
         grads[..., :10] = grads[..., 60:] = poison
         grads[:, :, 1] = poison
-        given = [query.clone(), k, v, weight, prior.clone()]
-        given[4][:, :, 1] = poison
+        given = [query.clone(), k, v, weight, prior.clone(), torch.zeros(1)]
+        given[0][:, :, 1] = given[4][:, :, 1] = poison
         leaves = [x.clone().requires_grad_() for x in given]
         result = attnfast.additive_attention(
             *leaves[:4], mask=mask, window=(15, 20), window_center=center, prior=("gaussian", leaves[4], 9.0),
-            return_weights="full",
+            sink=leaves[5], return_weights="full",
         )  # fmt: skip
-        found.append([result.output, result.weights, *torch.autograd.grad(result.weights, leaves, grads)])
+        both = torch.autograd.grad([result.output, result.weights], leaves, [grad_out, grads])
+        found.append([result.output, result.weights, *both])
         assert not result.weights[..., :10].any() and not result.weights[..., 60:].any()
     for poisoned, zeros in zip(*found, strict=True):
         torch.testing.assert_close(poisoned, zeros, rtol=0, atol=1e-5)

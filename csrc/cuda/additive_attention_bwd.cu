@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kAdditiveThreads) additive_attention_delta_ker
   }
 }
 
-// d sink[h] = -sum over rows of exp(sink - lse) * delta
+// d sink[h] = -sum over rows of exp(sink - lse) * delta, the log-sum-exp in its two terms
 template <class R>
 __global__ void __launch_bounds__(kSinkThreads) additive_attention_bwd_sink_kernel(AdditiveCall p) {
   ATTNFAST_SHARED(shared);
@@ -55,10 +55,11 @@ __global__ void __launch_bounds__(kSinkThreads) additive_attention_bwd_sink_kern
   double sum = 0.0;
   for (int64_t i = threadIdx.x; i < batches * p.query_tokens; i += kSinkThreads) {
     const int64_t row = (i / p.query_tokens * p.heads + head) * p.query_tokens + i % p.query_tokens;
-    const R lse = static_cast<const R*>(p.lse)[row];
-    if (lse == negative_infinity<R>()) continue;
-    sum -= static_cast<double>(exp2_of(sink - lse)) *
-           static_cast<double>(static_cast<const R*>(p.delta)[kDeltaPlane * plane + row]);
+    const R* const values = static_cast<const R*>(p.delta) + row;
+    const R base = values[kBasePlane * plane];
+    if (base == negative_infinity<R>()) continue;
+    sum -= static_cast<double>(exp2_of(sink - base - values[kLogPlane * plane])) *
+           static_cast<double>(values[kDeltaPlane * plane]);
   }
   sums[threadIdx.x] = sum;
   __syncthreads();

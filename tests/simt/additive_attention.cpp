@@ -38,7 +38,11 @@ Config small_config(Random& random) {
     c.key_tokens = random.pick<int64_t>({0, 1, 7, 31, 64, 65, 130});
     c.head_size = random.pick<int64_t>({0, 1, 3, 8, 16, 33, 64, 70});
     c.value_size = random.pick<int64_t>({1, 8, 33, 64, 70});
-    if (random.chance(3)) c.value_size = 260;                                    // a second block for the columns
+    if (random.chance(3)) c.value_size = 260;  // a second block for the columns
+    if (c.sequences > 0) {
+      c.mask = random.chance(20) ? static_cast<int>(random.below(16)) : -1;
+      for (int& bias : c.bias) bias = random.chance(30) ? static_cast<int>(random.below(16)) : -1;
+    }
     if (c.batch * c.heads <= 4 && c.query_tokens * c.key_tokens * c.batch * c.heads <= 6000) return c;
   }
 }
@@ -103,6 +107,7 @@ void remember(const Config& c, const AdditiveAttentionParams& params) {
   count("split keys", split);
   count("packed", c.sequences > 0 && !narrow);
   count("packed, narrow tiles", c.sequences > 0 && narrow);
+  count("packed, with a bias", c.sequences > 0 && (c.bias[0] >= 0 || c.bias[1] >= 0));
   count("bounds", c.bounds >= 0);
   count("bounds, narrow tiles", c.bounds >= 0 && narrow);
   count("prior", c.prior_sigma > 0 && !narrow);
@@ -177,6 +182,7 @@ void check_huge(int64_t cases) {
     c.weights_mode = random.pick({WeightsMode::kFull, WeightsMode::kColumnSum, WeightsMode::kRowMax});
     Problem problem(c, random.next());
     problem.weight.fill_bytes(0);
+    if (c.sink) problem.sink.set(0, 0, 0, 0, random.pick({-1e9, 1e9, 0x1p21}));  // as large as a row, or larger
     for (int64_t b = 0; b < c.batch; ++b)
       for (int64_t h = 0; h < c.heads; ++h)
         for (int64_t i = 0; i < c.query_tokens; ++i) {
