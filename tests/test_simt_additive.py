@@ -188,7 +188,7 @@ def test_sizes_of_arguments(backend: ModuleType, dtype: torch.dtype, spread: flo
 def test_both_sides_of_a_change_of_ways(backend: ModuleType, edge: float) -> None:
     results = []
     for size in (edge * (1 - 1e-6), edge * (1 + 1e-6)):
-        sign = torch.tensor([1.0, -1.0]).repeat(8)
+        sign = torch.tensor([1.0, -1.0]).repeat_interleave(4).repeat(2)  # all four of a reciprocal, too
         query, key = size * sign.expand(2, 1, 6, 16), size * torch.stack([sign, -sign]).expand(2, 1, 2, 16)
         value, weight = torch.tensor([[1.0], [-1.0]]).expand(2, 1, 2, 1), torch.linspace(-1, 1, 16).view(1, 16)
         query = query + torch.linspace(-1e-3, 0, 6).view(6, 1) * sign
@@ -236,6 +236,15 @@ def test_large_arguments_that_cancel(backend: ModuleType, large: float) -> None:
         wanted = (weight.double() * torch.tanh(query[:, :, q].double() + key[:, :, 0].double())).sum()
         errors.append(lse.double().item() / large - wanted.item())
     assert torch.tensor(errors).square().mean().sqrt() < 6e-7
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e9, 1e12, 1e20, 1e36])
+def test_large_weights_of_saturated_terms(backend: ModuleType, scale: float) -> None:
+    """Where 1 / x no longer counts, x is large, and its products with a weight must be finite."""
+    tokens, values = torch.full((1, 1, 1, 16), 10.0), torch.ones(1, 1, 1, 1)
+    weight = scale * torch.randn(1, 16, generator=torch.Generator().manual_seed(3))
+    lse = attnfast.additive_attention(tokens, tokens, values, weight, return_lse=True)[1]
+    torch.testing.assert_close(lse.double().item() / scale, weight.double().sum().item() / scale, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e12])

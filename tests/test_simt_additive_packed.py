@@ -189,6 +189,19 @@ def test_what_a_window_hides_takes_no_part(backend: ModuleType, rows: int) -> No
         torch.testing.assert_close(poisoned, zeros, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("mode", ["full", "column_sum", "row_max"])
+def test_weights_in_windows_over_many_tiles(backend: ModuleType, mode: str, centred: bool) -> None:
+    """Of rows and keys that a tile leaves out, all are far away."""
+    tensors = operands(torch.float64, 100, 90, 4, 4)
+    options: dict[str, Any] = {"window": (17, 3), "return_weights": mode}
+    if centred:
+        options["window_center"] = torch.linspace(80.0, 5.0, 100, dtype=torch.float64).expand(2, 2, 100)
+    found = attnfast.additive_attention(*tensors, **options).weights
+    wanted = reference.additive_attention(*tensors, **options).weights
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+
+
 def test_row_maxima(backend: ModuleType) -> None:
     """Among equals the lowest key, NaN before all, -1 where nothing is seen; the gradient goes to that key."""
     query, key, value = torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 40, 8), torch.randn(1, 1, 40, 8)
