@@ -27,13 +27,15 @@ _backward: Any = _C.additive_attention_bwd
 
 def cuda_forward(binary: Any, *args: Any) -> None:
     """The forward of a CUDA binary, called as ``_C``'s: its kernels get their workspace here, from torch."""
-    elements = binary.additive_attention_workspace(*args[:3])[0]
+    weights_mode, cu_seqlens_q = args[9], args[15]
+    elements = binary.additive_attention_workspace(*args[:3], cu_seqlens_q, weights_mode)[0]
     binary.additive_attention_fwd(*args, _workspace(args[0], elements))
 
 
 def cuda_backward(binary: Any, *args: Any) -> None:
     """The backward of a CUDA binary, as :func:`cuda_forward`."""
-    elements = binary.additive_attention_workspace(*args[1:4])[1]
+    cu_seqlens_q = args[26]
+    elements = binary.additive_attention_workspace(*args[1:4], cu_seqlens_q, WEIGHTS_NONE)[1]
     binary.additive_attention_bwd(*args, _workspace(args[1], elements))
 
 

@@ -136,8 +136,7 @@ def additive_attention_fwd(
     """Queue ``_C.additive_attention_fwd`` as ``dot_attention_fwd`` is, with a workspace.
 
     ``workspace`` is contiguous, in the accumulation dtype, and has the elements that ``additive_attention_workspace``
-    asks for; what it holds is of no use to anybody. NotImplementedError names what the kernels do not have: packed
-    sequences, weights on request, window bounds, a prior.
+    asks for; what it holds is of no use to anybody.
     """
 
 def additive_attention_bwd(
@@ -186,8 +185,13 @@ def additive_attention_bwd(
 ) -> None:
     """Queue ``_C.additive_attention_bwd``, with a workspace as in the forward; ``threads`` is not used."""
 
-def additive_attention_workspace(query: Tensor, key: Tensor, value: Tensor, /) -> tuple[int, int]:
-    """Return how many elements of workspace the forward and the backward of the additive core need."""
+def additive_attention_workspace(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor | None, weights_mode: int, /
+) -> tuple[int, int]:
+    """Return how many elements of workspace the forward, with its weights, and the backward of the additive core need.
+
+    Only shapes and the mode are looked at.
+    """
 
 def topk_scores_workspace(keys: Tensor, queries: int, k: int, /) -> int:
     """Return how many int64 words ``topk_scores_fwd`` wants as workspace for ``keys [N, D]``; 0 if none."""

@@ -14,13 +14,13 @@ from helpers import patch_seed
 from torch import Tensor
 
 import attnfast
-from attnfast import _additive_ops, reference
+from attnfast import _additive_ops, ops, reference
 
 SEEDS = range(4)  # one of each kind of schedule
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 4e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 OPTIONS = (
     "plain", "causal", "bottom_right", "window", "lengths", "mask", "bias", "columns_bias", "alibi", "sink", "softcap",
-    "by_head", "dropout",
+    "by_head", "dropout", "window_center", "prior", "weights", "together",
 )  # fmt: skip
 
 
@@ -50,6 +50,7 @@ def options_of(name: str, query: Tensor, key: Tensor) -> dict[str, Any]:
     shape, real = (*query.shape[:3], key.shape[2]), reference.real_dtype(query.dtype)
     generator = torch.Generator().manual_seed(5)
     draw = functools.partial(torch.randn, generator=generator)
+    center = (torch.rand(shape[:3], generator=generator, dtype=torch.float64) * shape[3]).to(real)
     return {
         "plain": {},
         "causal": {"causal": "top_left"},
@@ -68,36 +69,65 @@ def options_of(name: str, query: Tensor, key: Tensor) -> dict[str, Any]:
         "softcap": {"softcap": 1.5},
         "by_head": {"score_bias": draw(shape[1], query.shape[3]).to(real)},
         "dropout": {"dropout_p": 0.4},
+        "window_center": {"window": (20, 30), "window_center": center, "return_weights": "row_max"},
+        "prior": {"prior": ("gaussian", center, 15.0), "return_weights": "column_sum"},
+        "weights": {"causal": "top_left", "sink": draw(shape[1]).to(real), "return_weights": "full"},
+        "together": {
+            "window": (25, 30),
+            "window_center": center.mean(1, keepdim=True),
+            "prior": ("gaussian", center, 12.0),
+            "dropout_p": 0.3,
+            "softcap": 1.5,
+            "bias": draw(1, shape[1], shape[2], shape[3]).to(query.dtype),
+            "mask": torch.rand(shape, generator=generator) < 0.8,
+            "return_weights": ("full", "column_sum", "row_max")[shape[2] % 3],
+        },
     }[name]
 
 
 def widened(x: Any) -> Any:
+    if isinstance(x, tuple):
+        return tuple(widened(y) for y in x)
     return x.detach().double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 def results(function: Any, tensors: list[Tensor], options: dict[str, Any], incoming: list[Tensor]) -> dict[str, Tensor]:
-    """Output, lse, and the gradients of all that can have one."""
+    """Output, lse, weights if asked for, and the gradients of all that can have one."""
     named = dict(zip(("query", "key", "value", "weight"), tensors, strict=True))
     leaves = {name: x.detach().clone().requires_grad_() for name, x in named.items()}
     options = dict(options)
     for name in ("score_bias", "bias", "sink"):
         if name in options:
             options[name] = leaves[name] = options[name].detach().clone().requires_grad_()
+    if "prior" in options:
+        kind, center, sigma = options["prior"]
+        leaves["center"] = center.detach().clone().requires_grad_()
+        options["prior"] = (kind, leaves["center"], sigma)
     arguments = [leaves[name] for name in named]
-    out, lse = function(*arguments, return_lse=True, **options)[:2]
-    seen = lse.isfinite()
+    result = function(*arguments, return_lse=True, **options)
+    found = {"output": result.output, "lse": result.lse}
+    if result.weights is not None:
+        found["weights"] = result.weights
+    seen = {**found, "lse": torch.where(result.lse.isfinite(), result.lse, 0)}
     grads = torch.autograd.grad(
-        [out, torch.where(seen, lse, 0)], list(leaves.values()), [x.to(y.dtype) for x, y in zip(incoming, (out, lse))]
+        list(seen.values()),
+        list(leaves.values()),
+        [x[: y.numel()].view(y.shape).to(y.dtype) for x, y in zip(incoming, found.values(), strict=False)],
     )
-    return {"output": out, "lse": lse, **dict(zip(leaves, grads, strict=True))}
+    return {**found, **dict(zip(leaves, grads, strict=True))}
 
 
 def check(dtype: torch.dtype, tensors: list[Tensor], options: dict[str, Any], limit: float | None = None) -> None:
-    query, _, value, _ = tensors
+    query, key, value, _ = tensors
     generator = torch.Generator().manual_seed(9)
+    rows = query.shape[:3].numel()
+    # Of output, lse and weights, as many as there may be.
     incoming = [
-        torch.randn((*query.shape[:3], value.shape[3]), generator=generator).to(dtype),
-        torch.randn(query.shape[:3], generator=generator),
+        torch.randn(rows * value.shape[3], generator=generator).to(dtype),
+        torch.randn(rows, generator=generator),
+        torch.randn(query.shape[:2].numel() * (query.shape[2] + 1) * key.shape[2] + rows, generator=generator).to(
+            dtype
+        ),
     ]
     seed = [3, 4]
     with pytest.MonkeyPatch.context() as patch:
@@ -153,12 +183,12 @@ def test_sizes_of_arguments(backend: ModuleType, dtype: torch.dtype, spread: flo
         check(dtype, operands(dtype, rows, 40, 24, 8, spread), {})
 
 
-# The last argument of one way, and the first of the next (device/additive.cuh).
-@pytest.mark.parametrize("edge", [0.3125, 5.195, 43.0])
+# The last argument of one way, and the first of the next (device/additive.cuh); and some that a way must not have.
+@pytest.mark.parametrize("edge", [0.3125, 0.5, 0.8, 5.195, 6.0, 9.0, 11.0, 43.0, 44.5, 60.0])
 def test_both_sides_of_a_change_of_ways(backend: ModuleType, edge: float) -> None:
     results = []
     for size in (edge * (1 - 1e-6), edge * (1 + 1e-6)):
-        sign = torch.tensor([1.0, -1.0]).repeat(8)
+        sign = torch.tensor([1.0, -1.0]).repeat_interleave(4).repeat(2)  # all four of a reciprocal, too
         query, key = size * sign.expand(2, 1, 6, 16), size * torch.stack([sign, -sign]).expand(2, 1, 2, 16)
         value, weight = torch.tensor([[1.0], [-1.0]]).expand(2, 1, 2, 1), torch.linspace(-1, 1, 16).view(1, 16)
         query = query + torch.linspace(-1e-3, 0, 6).view(6, 1) * sign
@@ -189,6 +219,32 @@ def test_a_sink_of_nothing_has_no_gradient(backend: ModuleType) -> None:
     sink = torch.full((2,), -math.inf, requires_grad=True)
     out = attnfast.additive_attention(*tensors, mask=mask, sink=sink)
     assert torch.equal(torch.autograd.grad(out.square().sum(), sink)[0], torch.zeros(2))
+
+
+@pytest.mark.parametrize("large", [1.0, 1e10, 1e20, 1e36])
+def test_large_arguments_that_cancel(backend: ModuleType, large: float) -> None:
+    """e^2x keeps its digits up to the last argument that has one, and weights up to theirs."""
+    sizes = torch.linspace(5.0, 42.0, 38, dtype=torch.float64).view(1, 1, 38, 1)
+    generator = torch.Generator().manual_seed(4)
+    query = (sizes + torch.randn(1, 1, 38, 16, generator=generator, dtype=torch.float64) / 4).float()
+    weight = torch.randn(1, 16, generator=generator)
+    errors = []
+    for q in range(38):
+        key = (-query[:, :, q : q + 1] + 0.3).contiguous()
+        values = torch.ones(1, 1, 1, 1)
+        _, lse = attnfast.additive_attention(query[:, :, q : q + 1], key, values, weight * large, return_lse=True)[:2]
+        wanted = (weight.double() * torch.tanh(query[:, :, q].double() + key[:, :, 0].double())).sum()
+        errors.append(lse.double().item() / large - wanted.item())
+    assert torch.tensor(errors).square().mean().sqrt() < 6e-7
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e9, 1e12, 1e20, 1e36])
+def test_large_weights_of_saturated_terms(backend: ModuleType, scale: float) -> None:
+    """Where 1 / x no longer counts, x is large, and its products with a weight must be finite."""
+    tokens, values = torch.full((1, 1, 1, 16), 10.0), torch.ones(1, 1, 1, 1)
+    weight = scale * torch.randn(1, 16, generator=torch.Generator().manual_seed(3))
+    lse = attnfast.additive_attention(tokens, tokens, values, weight, return_lse=True)[1]
+    torch.testing.assert_close(lse.double().item() / scale, weight.double().sum().item() / scale, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
@@ -251,19 +307,26 @@ def test_schedules_change_no_bit(backend: ModuleType, dtype: torch.dtype, rows: 
         backend.set_seed(seed)
         leaves = [x.requires_grad_() for x in operands(dtype, rows, 130, 24, 24)]
         bias = torch.linspace(-1, 1, 130).to(dtype).requires_grad_()
-        out = attnfast.additive_attention(*leaves, causal="bottom_right", bias=bias)
-        found.append([out, *torch.autograd.grad(out.square().sum(), [*leaves, bias])])
+        center = torch.full((2, 2, rows), 60.0, dtype=reference.real_dtype(dtype), requires_grad=True)
+        out, _, weights = attnfast.additive_attention(
+            *leaves, causal="bottom_right", bias=bias, prior=("gaussian", center, 40.0), return_weights="column_sum"
+        )
+        loss = out.square().sum() + weights.square().sum()
+        found.append([out, weights, *torch.autograd.grad(loss, [*leaves, bias, center])])
     assert all(torch.equal(x, y) for other in found for x, y in zip(other, found[0], strict=True))
 
 
 def test_dropout_is_the_cpu_s(simt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = operands(torch.float64, 9, 70, 16, 16)
     torch.manual_seed(3)
-    expected = attnfast.additive_attention(*tensors, dropout_p=0.4)
+    prior = ("gaussian", torch.full((2, 2, 9), 30.0, dtype=torch.float64), 20.0)
+    options: dict[str, Any] = {"dropout_p": 0.4, "prior": prior, "return_weights": "full"}
+    expected = attnfast.additive_attention(*tensors, **options)
     monkeypatch.setattr(_additive_ops, "_forward", functools.partial(_additive_ops.cuda_forward, simt))
     torch.manual_seed(3)
-    out = attnfast.additive_attention(*tensors, dropout_p=0.4)
-    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    got = attnfast.additive_attention(*tensors, **options)
+    torch.testing.assert_close(got.output, expected.output, rtol=0, atol=1e-12)
+    torch.testing.assert_close(got.weights, expected.weights, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("rows", [1, 6])
@@ -272,14 +335,16 @@ def test_gradcheck(backend: ModuleType, rows: int) -> None:
     shift = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(rows, 7, dtype=torch.float64, requires_grad=True)
     sink = torch.randn(2, dtype=torch.float64, requires_grad=True)
+    center = (torch.rand(2, 2, rows, dtype=torch.float64) * 7).requires_grad_()
 
     def call(*args: Tensor) -> Any:
-        *four, score_bias, added, logit = args
+        *four, score_bias, added, logit, middle = args
         return attnfast.additive_attention(
-            *four, score_bias=score_bias, bias=added, sink=logit, softcap=2.0, causal="bottom_right", return_lse=True
-        )[:2]
+            *four, score_bias=score_bias, bias=added, sink=logit, softcap=2.0, causal="bottom_right",
+            prior=("gaussian", middle, 3.0), return_lse=True, return_weights="full",
+        )  # fmt: skip
 
-    assert torch.autograd.gradcheck(call, (*tensors, shift, bias, sink), fast_mode=True)
+    assert torch.autograd.gradcheck(call, (*tensors, shift, bias, sink, center), fast_mode=True)
 
 
 def test_gradients_that_nobody_wants_are_not_formed(backend: ModuleType) -> None:
@@ -305,26 +370,16 @@ def test_without_a_head_axis(backend: ModuleType) -> None:
     torch.testing.assert_close(out, attnfast.additive_attention(query, key, value, weight)[:, 0])
 
 
-def test_what_the_kernels_do_not_have_is_refused_by_name(simt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_additive_ops, "_forward", functools.partial(_additive_ops.cuda_forward, simt))
-    before = simt.launches()
-    tensors, center = operands(torch.float32, 4, 4, 8, 8, heads=1), torch.zeros(2, 1, 4)
-    calls: dict[str, dict[str, Any]] = {
-        "weights on request": {"return_weights": True},
-        "window_center": {"window": (1, 1), "window_center": center},
-        "Gaussian prior": {"prior": ("gaussian", center, 1.0)},
-    }
-    for what, options in calls.items():
-        with pytest.raises(NotImplementedError, match=f"attnfast has no simt kernel with .*{what}"):
-            attnfast.additive_attention(*tensors, **options)
-    assert simt.launches() == before
-
-
 def test_a_workspace_that_is_too_small_is_refused(simt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     query, key, value, weight = operands(torch.float32, 2, 130, 8, 8, heads=1)
-    wanted, _ = simt.additive_attention_workspace(query, key, value)
+    wanted, _ = simt.additive_attention_workspace(query, key, value, None, ops.WEIGHTS_NONE)
     assert wanted == 2 * 2 * 2 * (8 + 2)  # splits, samples, rows, columns with maximum and sum
     monkeypatch.setattr(_additive_ops, "_workspace", lambda query, elements: query.new_empty(elements - 1))
     monkeypatch.setattr(_additive_ops, "_forward", functools.partial(_additive_ops.cuda_forward, simt))
     with pytest.raises(ValueError, match="workspace: expected at least 80 elements, got 79"):
         attnfast.additive_attention(query, key, value, weight)
+    # Three planes of rows for weights, where the parts of the splits are fewer.
+    with pytest.raises(ValueError, match="workspace: expected at least 12 elements, got 11"):
+        attnfast.additive_attention(query, key[:, :, :9], value[:, :, :9], weight, return_weights=True)
+    offsets = torch.tensor([0, 1, 2])
+    assert simt.additive_attention_workspace(query[:1], key[:1], value[:1], offsets, ops.WEIGHTS_NONE)[0] == 0

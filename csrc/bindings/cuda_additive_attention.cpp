@@ -30,7 +30,7 @@ py::object additive_attention_fwd(PyObject* const* items, Py_ssize_t given) {
   const TensorView score_bias = args.optional_tensor("score_bias");
   const ResultArguments results = ResultArguments::read(args);
   AdditiveAttentionCall call;
-  call.on_device = kDevice != dlpack::kCpu;
+  call.on_device = true;  // under the emulator too, so that it runs what a GPU does
   Modifiers modifiers;
   modifiers.read(args, call.params, nullptr);
   const TensorView workspace = args.optional_tensor("workspace");
@@ -39,7 +39,7 @@ py::object additive_attention_fwd(PyObject* const* items, Py_ssize_t given) {
   call.params.weight = set_vector(weight, call, &call.params.weight_by_head);
   call.params.score_bias = set_vector(score_bias, call, &call.params.score_bias_by_head);
   call.set_results(results);
-  set_modifiers_or_refuse(call, modifiers, cuda::additive_attention_missing);
+  call.set_modifiers(modifiers);
   check_workspace(workspace, call, cuda::additive_attention_fwd_workspace(call.params));
   queue(args.device(), [&](void* stream) { cuda::additive_attention_fwd(call.params, workspace.data, stream); });
   return py::none();
@@ -61,7 +61,7 @@ py::object additive_attention_bwd(PyObject* const* items, Py_ssize_t given) {
   const TensorView grad_score_bias = args.optional_tensor("grad_score_bias");
   gradients.read_of_modifiers(args);
   AdditiveAttentionCall call;
-  call.on_device = kDevice != dlpack::kCpu;
+  call.on_device = true;  // under the emulator too, so that it runs what a GPU does
   Modifiers modifiers;
   modifiers.read(args, call.params, nullptr);
   static_cast<void>(args.integer("threads"));  // the CPU's
@@ -77,7 +77,7 @@ py::object additive_attention_bwd(PyObject* const* items, Py_ssize_t given) {
   call.set_gradients(gradients);
   params.grad_weight = set_vector_gradient(grad_weight, weight, call);
   params.grad_score_bias = set_vector_gradient(grad_score_bias, score_bias, call);
-  set_modifiers_or_refuse(call, modifiers, cuda::additive_attention_missing);
+  call.set_modifiers(modifiers);
   call.set_modifier_gradients(modifiers, gradients);
   check_workspace(workspace, call, cuda::additive_attention_bwd_workspace(params));
   queue(args.device(), [&](void* stream) { cuda::additive_attention_bwd(params, workspace.data, stream); });
@@ -86,12 +86,21 @@ py::object additive_attention_bwd(PyObject* const* items, Py_ssize_t given) {
 
 // How many elements the workspaces of forward and backward need. Nothing is computed.
 py::object additive_attention_workspace(PyObject* const* items, Py_ssize_t given) {
-  ArgReader args("additive_attention_workspace", items, given, 3, kDevice);
+  ArgReader args("additive_attention_workspace", items, given, 5, kDevice);
   const TensorView query = args.tensor("query");
   const TensorView key = args.tensor("key");
   const TensorView value = args.tensor("value");
+  const TensorView cu_seqlens_q = args.optional_tensor("cu_seqlens_q");
+  const int64_t weights_mode = args.integer("weights_mode");
   AdditiveAttentionCall call;
   call.set_inputs(query, key, value);
+  check_range("weights_mode", weights_mode, 0, 3);
+  call.params.weights_mode = static_cast<WeightsMode>(weights_mode);
+  if (cu_seqlens_q) {
+    check_buffer(cu_seqlens_q, DType::kInt64, {{"N + 1", -1}});
+    call.params.cu_seqlens_q = call.params.cu_seqlens_k = static_cast<const int64_t*>(cu_seqlens_q.data);
+    call.params.batch = cu_seqlens_q.size[0] - 1;
+  }
   return py::make_tuple(cuda::additive_attention_fwd_workspace(call.params),
                         cuda::additive_attention_bwd_workspace(call.params));
 }

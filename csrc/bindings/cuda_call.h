@@ -66,15 +66,6 @@ class DeviceGuard {
   throw py::error_already_set();
 }
 
-// Refuses by name what no kernel has: before the values of modifiers are looked at, and with them.
-template <class Call, class Modifiers, class Params>
-void set_modifiers_or_refuse(Call& call, const Modifiers& modifiers, const char* (*missing)(const Params&)) {
-  call.params.cu_seqlens_q = static_cast<const int64_t*>(modifiers.cu_seqlens_q.data);
-  if (const char* what = missing(call.params)) refuse(what);
-  call.set_modifiers(modifiers);
-  if (const char* what = missing(call.params)) refuse(what);
-}
-
 // Queues what `launch(stream)` launches on the current stream of the tensors' device, without the GIL.
 template <class Launch>
 void queue(int32_t device, Launch launch) {

@@ -1,7 +1,7 @@
-// How a call of the additive core is cut into tiles and splits, the workspace that this takes, and what no kernel has
-// yet.
+// How a call of the additive core is cut into tiles and splits, and the workspace that this takes.
 #include "cuda/additive_attention.h"
 
+#include "cuda/device/gradients.cuh"
 #include "cuda/launch.h"
 
 namespace attnfast::cuda {
@@ -21,27 +21,16 @@ AdditiveCall call_of(const AdditiveAttentionParams& p, void* workspace) {
   call.grad_weight = p.grad_weight;
   call.grad_score_bias = p.grad_score_bias;
   call.splits = additive_attention_splits(p);
-  call.workspace = workspace;
+  call.workspace = call.delta = workspace;
   return call;
-}
-
-void refuse_missing(const AdditiveAttentionParams& p, const char* name) {
-  if (const char* missing = additive_attention_missing(p)) {
-    throw std::runtime_error(call_text(name, p) + ": no kernel has " + missing);
-  }
 }
 
 }  // namespace
 
-const char* additive_attention_missing(const AdditiveAttentionParams& p) {
-  if (p.cu_seqlens_q) return "packed sequences (cu_seqlens)";
-  if (p.weights_mode != WeightsMode::kNone) return "weights on request (return_weights)";
-  if (p.window_bounds) return "windows around centres (window_center)";
-  if (p.prior_sigma > 0.0) return "a Gaussian prior (prior)";
-  return nullptr;
+// Of packed sequences the host knows no lengths, but how long they are on average.
+bool additive_attention_is_narrow(const AttentionParams& p) {
+  return p.query_tokens <= kNarrowRows * (p.cu_seqlens_q ? p.batch : 1);
 }
-
-bool additive_attention_is_narrow(const AttentionParams& p) { return p.query_tokens <= kNarrowRows; }
 
 int64_t additive_attention_rows(const AttentionParams& p) {
   if (additive_attention_is_narrow(p)) return kNarrowRows;
@@ -49,6 +38,7 @@ int64_t additive_attention_rows(const AttentionParams& p) {
 }
 
 int64_t additive_attention_splits(const AttentionParams& p) {
+  if (p.cu_seqlens_q) return 1;
   const int64_t rows = additive_attention_rows(p);
   const int64_t blocks = (p.query_tokens + rows - 1) / rows * p.heads * p.batch;
   if (blocks == 0 || blocks >= kWantedBlocks) return 1;
@@ -57,19 +47,21 @@ int64_t additive_attention_splits(const AttentionParams& p) {
 }
 
 int64_t additive_attention_fwd_workspace(const AdditiveAttentionParams& p) {
-  const int64_t splits = additive_attention_splits(p);
-  // A split leaves the output of its keys, its maximum and its sum.
-  return splits == 1 ? 0 : splits * p.batch * p.heads * p.query_tokens * (p.value_size + 2);
+  const int64_t splits = additive_attention_splits(p), rows = plane_size(p);
+  // A split leaves the output of its keys, its maximum and its sum. They have been merged when weights are formed.
+  const int64_t parts = splits == 1 ? 0 : splits * rows * (p.value_size + 2);
+  const int64_t planes = p.weights_mode == WeightsMode::kNone ? 0 : kQueryPlanes * rows;
+  return parts > planes ? parts : planes;
 }
 
 void additive_attention_fwd(const AdditiveAttentionParams& p, void* workspace, void* stream) {
-  refuse_missing(p, "additive_attention_fwd");
-  if (p.batch == 0 || p.heads == 0 || p.query_tokens == 0) return;
-  additive_attention_fwd_launch(call_of(p, workspace), stream);
+  if (p.batch == 0 || p.heads == 0) return;
+  const AdditiveCall call = call_of(p, workspace);
+  if (p.query_tokens > 0) additive_attention_fwd_launch(call, stream);
+  if (p.weights_mode != WeightsMode::kNone) additive_attention_weights(call, stream);
 }
 
 void additive_attention_bwd(const AdditiveAttentionParams& p, void* workspace, void* stream) {
-  refuse_missing(p, "additive_attention_bwd");
   additive_attention_bwd_launch(call_of(p, workspace), stream);
 }
 

@@ -6,10 +6,11 @@
 // shuffle. For each tile of keys: scores in registers (device/additive.cuh), online softmax, weights to shared memory,
 // V over the operands of the scores, weights times V. Columns of V beyond 256 are another block's (blockIdx.z), which
 // forms the scores again. When there are few blocks the keys are split as well (blockIdx.y): a split leaves its sums in
-// the workspace, and a second kernel merges them in order.
+// the workspace, and the kernel of attention_merge.cu adds them up in order.
 #include "cuda/additive_attention.h"
 #include "cuda/device/additive.cuh"
 #include "cuda/launch.h"
+#include "cuda/parts.cuh"
 
 namespace attnfast::cuda {
 namespace {
@@ -22,7 +23,7 @@ struct ForwardPlan : AdditivePlan<R, NARROW> {
   static constexpr int kValueElements = Base::kKeys * kValuePitch;
   static constexpr int kTileElements =
       kValueElements > Base::kOperandElements ? kValueElements : Base::kOperandElements;
-  static constexpr int kSharedElements = Base::kRows * Base::kKeyPitch + kTileElements;
+  static constexpr int kSharedElements = Base::kRows * Base::kKeyPitch + kTileElements;  // and the rows behind them
 };
 
 // Columns [column, column + kValues) of the values of a tile, zero where there is none. Returns whether this thread has
@@ -31,7 +32,7 @@ template <class P>
 ATTNFAST_DEVICE bool load_values(const AdditiveCall& p, const Rows& r, int64_t key, int64_t column,
                                  typename P::Real* to) {
   using R = typename P::Real;
-  const int64_t offset = offset4(p.value, r.sequence.tensor_batch, r.kv_head, key, column);
+  const int64_t offset = key_offset(r, p.value) + key * p.value.stride[2] + column * p.value.stride[3];
   bool finite = true;
   for (int row = static_cast<int>(threadIdx.x) / 32; row < P::kKeys; row += kAdditiveThreads / 32) {
     for (int c = static_cast<int>(threadIdx.x) % 32; c < P::kValues; c += 32) {
@@ -46,13 +47,8 @@ ATTNFAST_DEVICE bool load_values(const AdditiveCall& p, const Rows& r, int64_t k
   return !finite;
 }
 
-// Of one row in the workspace: [splits][B H T_q][D_v + 2], the last two being maximum and sum.
-ATTNFAST_DEVICE int64_t partial_row(const AdditiveCall& p, int64_t split, int64_t row) {
-  return (split * p.batch * p.heads * p.query_tokens + row) * (p.value_size + 2);
-}
-
 template <class R, bool NARROW, int VALUES>
-__global__ void __launch_bounds__(kAdditiveThreads, 2) additive_attention_fwd_kernel(AdditiveCall p) {
+__global__ void __launch_bounds__(kAdditiveThreads, 2) additive_attention_fwd_kernel(AdditiveCall p, Parts parts) {
   using P = ForwardPlan<R, NARROW, VALUES>;
   using Vector = typename P::Vector;
   ATTNFAST_SHARED(shared);
@@ -60,8 +56,10 @@ __global__ void __launch_bounds__(kAdditiveThreads, 2) additive_attention_fwd_ke
   R* tile = weights + P::kRows * P::kKeyPitch;
   const AdditiveOperands<P> operands(tile);
   const int tx = column_of_thread<P>(), ty = row_of_thread<P>();
-  const Rows rows = rows_of_block(p, P::kRows);
-  const bool modified = is_modified(p);
+  Rows& rows = *reinterpret_cast<Rows*>(weights + P::kSharedElements);
+  share_rows(rows, rows_of_block(p, P::kRows));
+  if (rows.first >= rows.last) return;  // a tile that no sequence has
+  const bool modified = is_modified(p), factored = has_factor(p);
   const int64_t first_column = static_cast<int64_t>(blockIdx.z) * P::kValues;
 
   R out[P::kRowsOfThread][P::kGroups][P::kWidth] = {};
@@ -71,7 +69,7 @@ __global__ void __launch_bounds__(kAdditiveThreads, 2) additive_attention_fwd_ke
     maximum[i] = negative_infinity<R>();
     sum[i] = R(0);
   }
-  const KeySpan span = keys_of_split<P>(rows, p.splits);
+  const KeySpan span = keys_of_split<P>(rows, parts.splits);
   for (int64_t key = span.begin; key < span.end; key += P::kKeys) {
     R score[P::kRowsOfThread][P::kKeysOfThread];
     score_tile<P>(p, rows, key, operands, score);
@@ -81,10 +79,11 @@ __global__ void __launch_bounds__(kAdditiveThreads, 2) additive_attention_fwd_ke
       const int row_of_tile = ty + i * P::kRowGroups;
       const int64_t q = rows.first + row_of_tile;
       const TileRow<R> row = tile_row_of<R>(p, rows, modified, q, key, P::kKeys);
+      const RowPrior<R> prior = prior_row_of<R>(p, rows, q, key);
       R largest = maximum[i];
 #pragma unroll
       for (int j = 0; j < P::kKeysOfThread; ++j) {
-        score[i][j] = score_of(p, row, modified, tx + j * P::kColumnGroups, score[i][j]);
+        score[i][j] = final_score(p, row, modified, tx + j * P::kColumnGroups, score[i][j]);
         largest = fmax(largest, score[i][j]);
       }
 #pragma unroll
@@ -100,8 +99,9 @@ __global__ void __launch_bounds__(kAdditiveThreads, 2) additive_attention_fwd_ke
         const bool hidden = score[i][j] == negative_infinity<R>();
         R weight = hidden ? R(-0.0) : exp2_of(score[i][j] - shift);
         sum[i] += weight;
-        if (p.dropout_p > 0.0 && !hidden) weight = drop(p, rows, q, key + tx + j * P::kColumnGroups, weight);
-        weights[row_of_tile * P::kKeyPitch + tx + j * P::kColumnGroups] = weight;
+        const int column = tx + j * P::kColumnGroups;
+        if (factored && !hidden) weight = apply_factor(p, rows, prior, q, key, column, weight);
+        weights[row_of_tile * P::kKeyPitch + column] = weight;
       }
 #pragma unroll
       for (int g = 0; g < P::kGroups; ++g)
@@ -143,59 +143,16 @@ __global__ void __launch_bounds__(kAdditiveThreads, 2) additive_attention_fwd_ke
 #pragma unroll
     for (int step = 1; step < P::kColumnGroups; step *= 2) sum[i] += __shfl_xor_sync(0xFFFFFFFFu, sum[i], step);
     if (q >= rows.last) continue;
-    const bool whole = p.splits == 1, first_of_row = tx == 0 && blockIdx.z == 0;
-    R* partial = nullptr;
-    R scale = R(1);
-    if (whole) {
-      scale = close_row_of(p, rows, q, maximum[i], sum[i], first_of_row);
-    } else {
-      partial = static_cast<R*>(p.workspace) + partial_row(p, blockIdx.y, row_index(p, rows.sequence, rows.head, q));
-      if (first_of_row) {
-        partial[p.value_size] = maximum[i];
-        partial[p.value_size + 1] = sum[i];
-      }
-    }
-    const int64_t base = offset4(p.out, rows.sequence.tensor_batch, rows.head, q, 0);
+    // A row that sees nothing has scale 0 and, having met nothing, out 0.
+    const Finish<R> to = finish_row(p, rows, parts, blockIdx.y, q, maximum[i], sum[i], tx == 0 && blockIdx.z == 0);
 #pragma unroll
     for (int g = 0; g < P::kGroups; ++g) {
 #pragma unroll
       for (int e = 0; e < P::kWidth; ++e) {
         const int64_t c = first_column + (g * P::kColumnGroups + tx) * P::kWidth + e;
-        if (c >= p.value_size) continue;
-        // A row that sees nothing has scale 0 and, having met nothing, out 0.
-        if (whole)
-          store_element(p.out.data, p.out.dtype, base + c * p.out.stride[3], out[i][g][e] * scale);
-        else
-          partial[c] = out[i][g][e];
+        if (c < p.value_size) store_element(to.data, to.dtype, to.offset + c * to.stride, out[i][g][e] * to.scale);
       }
     }
-  }
-}
-
-// One block a row: the states of its splits, in order.
-template <class R>
-__global__ void __launch_bounds__(kAdditiveThreads) additive_attention_merge_kernel(AdditiveCall p) {
-  const Rows rows = rows_of_block(p, 1);
-  const int64_t q = rows.first, row = row_index(p, rows.sequence, rows.head, q);
-  const R* partial = static_cast<const R*>(p.workspace) + partial_row(p, 0, row);
-  const int64_t step = partial_row(p, 1, row) - partial_row(p, 0, row);
-  R maximum = negative_infinity<R>(), sum = R(0);
-#pragma unroll 1  // here and below: unrolled, it spills on one GPU
-  for (int64_t i = 0; i < p.splits; ++i) maximum = fmax(maximum, partial[i * step + p.value_size]);
-  const R shift = maximum == negative_infinity<R>() ? R(0) : maximum;
-#pragma unroll 1
-  for (int64_t i = 0; i < p.splits; ++i) {
-    sum += partial[i * step + p.value_size + 1] * exp2_of(partial[i * step + p.value_size] - shift);
-  }
-  const R scale = close_row_of(p, rows, q, maximum, sum, threadIdx.x == 0);
-  const int64_t base = offset4(p.out, rows.sequence.tensor_batch, rows.head, q, 0);
-  for (int64_t c = threadIdx.x; c < p.value_size; c += kAdditiveThreads) {
-    R total = R(0);
-#pragma unroll 1
-    for (int64_t i = 0; i < p.splits; ++i) {
-      total += partial[i * step + c] * exp2_of(partial[i * step + p.value_size] - shift);
-    }
-    store_element(p.out.data, p.out.dtype, base + c * p.out.stride[3], total * scale);
   }
 }
 
@@ -203,16 +160,15 @@ template <class R, bool NARROW, int VALUES>
 void launch(const AdditiveCall& p, Stream stream) {
   using P = ForwardPlan<R, NARROW, VALUES>;
   constexpr const char* kName = sizeof(R) == 4 ? "additive_attention_fwd<float>" : "additive_attention_fwd<double>";
-  constexpr size_t kBytes = P::kSharedElements * sizeof(R);
+  constexpr size_t kBytes = P::kSharedElements * sizeof(R) + sizeof(Rows);
   const int64_t slabs = p.value_size > P::kValues ? (p.value_size + P::kValues - 1) / P::kValues : 1;
   if (slabs > UINT16_MAX) throw std::runtime_error(call_text(kName, p) + ": D_v is too large");
   const dim3 grid(grid_of(p, P::kRows, kName), static_cast<unsigned>(p.splits), static_cast<unsigned>(slabs));
   allow_shared(additive_attention_fwd_kernel<R, NARROW, VALUES>, kBytes, kName, p);
-  ATTNFAST_LAUNCH((additive_attention_fwd_kernel<R, NARROW, VALUES>), grid, kAdditiveThreads, kBytes, stream, p);
+  const Parts parts{1, p.splits, 0, plane_size(p), p.workspace};
+  ATTNFAST_LAUNCH((additive_attention_fwd_kernel<R, NARROW, VALUES>), grid, kAdditiveThreads, kBytes, stream, p, parts);
   check_launched(kName, p);
-  if (p.splits == 1) return;
-  ATTNFAST_LAUNCH((additive_attention_merge_kernel<R>), grid_of(p, 1, kName), kAdditiveThreads, 0, stream, p);
-  check_launched("additive_attention_merge", p);
+  if (p.splits > 1) attention_merge(p, parts, stream);
 }
 
 template <class R>

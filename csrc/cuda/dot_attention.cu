@@ -61,7 +61,7 @@ void dot_attention_fwd(const DotAttentionParams& params, void* workspace, void* 
       dot_attention_mma_fwd(p, parts, stream);
     else
       dot_attention_fma_fwd(p, parts, stream);
-    if (parts.splits > 1) dot_attention_merge(params, parts, stream);
+    if (parts.splits > 1) attention_merge(params, parts, stream);
   }
   if (params.weights_mode != WeightsMode::kNone) dot_attention_weights(params, stream);
 }

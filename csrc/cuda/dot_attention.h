@@ -3,6 +3,7 @@
 #pragma once
 
 #include "core/params.h"
+#include "cuda/attention_merge.h"
 
 namespace attnfast::cuda {
 
@@ -17,22 +18,10 @@ int64_t dot_attention_workspace(const DotAttentionParams& params);
 // would wait for the device.
 void dot_attention_fwd(const DotAttentionParams& params, void* workspace, void* stream);
 
-// How a forward is cut beyond its tiles of queries. From shapes alone, so that the same call gives the same bits on any
-// GPU.
-struct Parts {
-  int64_t group = 1;        // > 1: T_q is 1, and the heads of a key head are the rows of a tile (params are changed)
-  int64_t splits = 1;       // ranges of keys, each the work of blocks of its own
-  int64_t share = 0;        // keys of one range, whole tiles of any kernel
-  int64_t rows = 0;         // B * H * T_q
-  void* partial = nullptr;  // if splits > 1, Real: out [splits][rows][D_v], maxima [splits][rows], sums [splits][rows]
-};
-
 // The kernels, each with what it takes; dot_attention_fwd chooses.
 bool dot_attention_mma_takes(const DotAttentionParams& params);
 void dot_attention_mma_fwd(const DotAttentionParams& params, const Parts& parts, void* stream);
 void dot_attention_fma_fwd(const DotAttentionParams& params, const Parts& parts, void* stream);
-// Adds up the ranges in their order.
-void dot_attention_merge(const DotAttentionParams& params, const Parts& parts, void* stream);
 // Weights on request, when lse is there.
 void dot_attention_weights(const DotAttentionParams& params, void* stream);
 

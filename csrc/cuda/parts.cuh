@@ -1,8 +1,8 @@
 // A block's part of a call: its rows, its range of keys, and where its rows go when they are done.
 #pragma once
 
+#include "cuda/attention_merge.h"
 #include "cuda/device/rows.cuh"
-#include "cuda/dot_attention.h"
 
 namespace attnfast::cuda {
 

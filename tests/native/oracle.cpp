@@ -84,9 +84,10 @@ Row softmax_row(const Problem& problem, int64_t b, int64_t h, int64_t q) {
   for (int64_t k = 0; k < keys; ++k)
     if (row.visible[k]) sum += std::exp(score[k] - maximum);
   row.lse = maximum + std::log(sum);
-  if (c.sink) row.sink_probability = std::exp(problem.sink.get(0, 0, 0, h) - row.lse);
+  // Not from lse, which has no digits left for the sum where scores are huge.
+  if (c.sink) row.sink_probability = std::exp(problem.sink.get(0, 0, 0, h) - maximum) / sum;
   for (int64_t k = 0; k < keys; ++k)
-    if (row.visible[k]) row.probability[k] = std::exp(score[k] - row.lse);
+    if (row.visible[k]) row.probability[k] = std::exp(score[k] - maximum) / sum;
   if (c.dropout_p > 0) {
     const uint64_t index = static_cast<uint64_t>((t * c.heads + h) * c.query_tokens + problem.query_begin(b) + q);
     const double threshold = std::ceil(c.dropout_p * 4294967296.0);

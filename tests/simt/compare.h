@@ -7,6 +7,7 @@
 #include <string>
 
 #include "check.h"
+#include "native/oracle.h"
 #include "native/problem.h"
 
 namespace attnfast::simt {
@@ -45,6 +46,24 @@ inline std::string compare(const char* what, const HostTensor& got, const HostTe
             return text;
           }
   }
+  return "";
+}
+
+// The row maximum's argument is a key that has it.
+inline std::string check_row_maximum(const native::Config& c, const native::Results& results,
+                                     const native::Expected& expected, double relative) {
+  for (int64_t b = 0; b < c.batch; ++b)
+    for (int64_t h = 0; h < c.heads; ++h)
+      for (int64_t i = 0; i < c.query_tokens; ++i) {
+        const int64_t index = results.weights_index[static_cast<size_t>((b * c.heads + h) * c.query_tokens + i)];
+        const double largest = expected.weights.get(b, h, i, 0);
+        const std::string at = " at row " + std::to_string(i) + ": " + std::to_string(index);
+        if (index < -1 || index >= c.key_tokens) return "weights_index out of range" + at;
+        if (index == -1 && largest > 0) return "weights_index is -1 for a visible row" + at;
+        if (index >= 0 && expected.row_weights.get(b, h, i, index) < largest - 4 * relative) {
+          return "weights_index is not the maximum" + at;
+        }
+      }
   return "";
 }
 

@@ -15,7 +15,7 @@
 #pragma once
 
 #include "cuda/device/additive_call.cuh"
-#include "cuda/device/rows.cuh"
+#include "cuda/device/gradients.cuh"
 
 namespace attnfast::cuda {
 
@@ -58,6 +58,14 @@ struct AdditiveOperands {
     level = reinterpret_cast<int*>(weights + P::kChunk);
   }
 };
+
+// The rows of a block, in shared memory, because registers are short. Every thread of the block comes here; what was
+// there before is no longer read.
+ATTNFAST_DEVICE void share_rows(Rows& to, const Rows& found) {
+  __syncthreads();
+  if (threadIdx.x == 0) to = found;
+  __syncthreads();
+}
 
 // Whether any of the rows sees any of the keys [key, key + keys) by position.
 ATTNFAST_DEVICE bool meets(const Rows& r, int64_t key, int64_t keys) {
@@ -121,7 +129,7 @@ ATTNFAST_DEVICE int load_operands(const AdditiveCall& p, const Rows& r, int64_t 
   const R shift = inside && p.score_bias
                       ? static_cast<const R*>(p.score_bias)[(p.score_bias_by_head ? r.head * p.head_size : 0) + d]
                       : R(0);
-  const int64_t query_offset = offset4(p.query, b, r.head, r.first, d);
+  const int64_t query_offset = offset4(p.query, b, r.head, r.sequence.query_begin + r.first, d);
 #pragma unroll 4
   for (int row = thread / P::kChunk; row < P::kRows; row += P::kDimGroups) {
     R x = R(0);
@@ -132,7 +140,7 @@ ATTNFAST_DEVICE int load_operands(const AdditiveCall& p, const Rows& r, int64_t 
     const int its = level_of(x);
     level = its > level ? its : level;
   }
-  const int64_t key_offset = offset4(p.key, b, r.kv_head, key, d);
+  const int64_t key_offset = offset4(p.key, b, r.kv_head, r.sequence.key_begin + key, d);
 #pragma unroll 4
   for (int row = thread / P::kChunk; row < P::kKeys; row += P::kDimGroups) {
     R x = R(0);
@@ -262,6 +270,39 @@ ATTNFAST_DEVICE int score_tile(const AdditiveCall& p, const Rows& r, int64_t key
       for (int j = 0; j < P::kKeysOfThread; ++j) score[i][j] = fma(part[i][j], factor, score[i][j]);
     d0 += P::kChunk;
   } while (d0 < p.head_size);
+  return level;
+}
+
+// The score, base 2, of row i of the thread's and a column of the tile, from the raw one. Rounded here, so that nothing
+// that is done to it is contracted with what formed it: the largest of a row then has the weight exp2(0).
+template <class R>
+ATTNFAST_DEVICE R final_score(const AdditiveCall& p, const TileRow<R>& row, bool modified, int column, R raw) {
+  return ptx::rounded(score_of(p, row, modified, column, raw));
+}
+
+// The softmax of a tile, before prior and dropout, -0 where the query may not see the key. seen(i, j, q, column, raw
+// score, weight) is told each weight as it comes and may change it. Returns what score_tile does.
+template <class P, class Seen>
+ATTNFAST_DEVICE int probability_tile(const AdditiveCall& p, const Rows& r, int64_t key,
+                                     const AdditiveOperands<P>& operands,
+                                     typename P::Real (&weight)[P::kRowsOfThread][P::kKeysOfThread], Seen seen) {
+  using R = typename P::Real;
+  const int ty = row_of_thread<P>(), tx = column_of_thread<P>();
+  const bool modified = is_modified(p);
+  const int level = score_tile<P>(p, r, key, operands, weight);
+#pragma unroll
+  for (int i = 0; i < P::kRowsOfThread; ++i) {
+    const int64_t q = r.first + ty + i * P::kRowGroups;
+    const TileRow<R> row = tile_row_of<R>(p, r, modified, q, key, P::kKeys);
+    const QueryValues<R> values = query_values<R>(p, r, q);
+#pragma unroll
+    for (int j = 0; j < P::kKeysOfThread; ++j) {
+      const int column = tx + j * P::kColumnGroups;
+      const R raw = weight[i][j], score = final_score(p, row, modified, column, raw);
+      weight[i][j] = score == negative_infinity<R>() ? R(-0.0) : exp2_of(score - values.base - values.log);
+      seen(i, j, q, column, raw, weight[i][j]);
+    }
+  }
   return level;
 }
 

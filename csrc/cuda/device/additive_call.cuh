@@ -17,7 +17,7 @@ struct AdditiveCall : DotAttentionParams {
   void *grad_weight = nullptr, *grad_score_bias = nullptr;
   // The keys of a block of queries are shared among so many blocks; their parts are merged in order. By shapes alone.
   int64_t splits = 1;
-  void* workspace = nullptr;
+  void* workspace = nullptr;  // AttentionParams::delta, of three planes (device/gradients.cuh), is its beginning
 };
 
 }  // namespace attnfast::cuda

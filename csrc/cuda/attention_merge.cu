@@ -1,4 +1,7 @@
-// The second half of a forward whose keys were split: one block a row adds up what the ranges found, in their order.
+// The second half of a forward of either core whose keys were split: one block a row adds up what the ranges found, in
+// their order.
+#include "cuda/attention_merge.h"
+
 #include "cuda/launch.h"
 #include "cuda/parts.cuh"
 
@@ -8,7 +11,7 @@ namespace {
 constexpr int kThreads = 128;
 
 template <class R>
-__global__ void __launch_bounds__(kThreads) dot_attention_merge_kernel(DotAttentionParams p, Parts parts) {
+__global__ void __launch_bounds__(kThreads) attention_merge_kernel(AttentionParams p, Parts parts) {
   const int64_t row = blockIdx.x, slots = parts.splits * parts.rows;
   const R* partial = static_cast<const R*>(parts.partial);
   const R *maxima = partial + slots * p.value_size, *sums = maxima + slots;
@@ -36,15 +39,15 @@ __global__ void __launch_bounds__(kThreads) dot_attention_merge_kernel(DotAttent
 }
 
 template <class R>
-void launch(const DotAttentionParams& p, const Parts& parts, Stream stream) {
-  constexpr const char* kName = "dot_attention_merge";
-  ATTNFAST_LAUNCH((dot_attention_merge_kernel<R>), checked_grid(p, parts.rows, kName), kThreads, 0, stream, p, parts);
+void launch(const AttentionParams& p, const Parts& parts, Stream stream) {
+  constexpr const char* kName = "attention_merge";
+  ATTNFAST_LAUNCH((attention_merge_kernel<R>), checked_grid(p, parts.rows, kName), kThreads, 0, stream, p, parts);
   check_launched(kName, p);
 }
 
 }  // namespace
 
-void dot_attention_merge(const DotAttentionParams& p, const Parts& parts, void* stream) {
+void attention_merge(const AttentionParams& p, const Parts& parts, void* stream) {
   if (p.query.dtype == DType::kFloat64)
     launch<double>(p, parts, static_cast<Stream>(stream));
   else
