@@ -180,7 +180,9 @@ def test_two_operands_of_one_half_type_take_tensor_cores(kernels: ModuleType) ->
 
 def test_lists_that_fill_up_again_and_again(kernels: ModuleType) -> None:
     """Scores that rise all the time: each tile's are better than all before, which lists of every size must take."""
-    for dtype, B, k in itertools.product((torch.float32, torch.bfloat16), (1, 5, 33), (1, 2, 63, 64, 65, 511, 512, 513)):
+    for dtype, B, k in itertools.product(
+        (torch.float32, torch.bfloat16), (1, 5, 33), (1, 2, 63, 64, 65, 511, 512, 513)
+    ):
         N = 1500 if B == 1 else 700
         keys = torch.arange(N).unsqueeze(1) - 350.0
         query = torch.full((B, 1), 1.0)

@@ -15,8 +15,8 @@
 #include <type_traits>
 
 #include "cuda/device/table.cuh"
-#include "cuda/device/topk.cuh"
 #include "cuda/launch.h"
+#include "cuda/topk_parts.cuh"
 
 namespace attnfast::cuda {
 namespace {

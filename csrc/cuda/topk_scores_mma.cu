@@ -10,8 +10,8 @@
 // eight. One comparison says of a score that it is below its query's threshold, which nearly all are; what is not is
 // looked at again, exactly.
 #include "cuda/device/mma_tiles.cuh"
-#include "cuda/device/topk.cuh"
 #include "cuda/launch.h"
+#include "cuda/topk_parts.cuh"
 
 namespace attnfast::cuda {
 namespace {
