@@ -217,7 +217,7 @@ std::string check_topk_kernel(DType queries, DType keys, int64_t B, int64_t k, b
     store(query.as<void>(), queries, static_cast<int64_t>(i), x[i]);
   }
   for (int64_t n = 0; n < N; ++n) {
-    scales[static_cast<size_t>(n)] = random.chance(50) ? 0.5f : 2.0f;
+    scales[static_cast<size_t>(n)] = random.chance(50) ? -0.5f : 2.0f;  // so that both zeros occur
     for (int64_t d = 0; d < D; ++d) {
       const int value = static_cast<int>(random.below(7)) - 3;
       y[static_cast<size_t>(n * D + d)] = value;
