@@ -13,6 +13,9 @@ def build_info() -> dict[str, Any]:
 def device_count() -> int:
     """Return the number of GPUs; RuntimeError with CUDA's reason if there is no driver or no GPU."""
 
+def dot_attention_kernel(query: Tensor, key: Tensor, value: Tensor, /) -> str:
+    """Return the name of the kernel that ``dot_attention_fwd`` would queue for them with a new output."""
+
 def dot_attention_workspace(query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor | None, /) -> int:
     """Return the elements of workspace that ``dot_attention_fwd`` needs, by shapes alone; 0 unless keys are split."""
 

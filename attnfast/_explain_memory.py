@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnfast import _explain_cuda, _gather, _memory, _memory_hops, _memory_read, autograd, functional, reference
 from attnfast import _explain_text as text
-from attnfast import _gather, _memory, _memory_hops, _memory_read, autograd, functional, reference
 from attnfast._memory_hops import Lists, Plan, Tables
 
 # Up to so many queries keys are streamed: kRowQueries in csrc/cpu/topk_scores.cpp.
@@ -25,10 +25,10 @@ Explain = Callable[..., str]
 def _topk(fn: Any, explain: Explain, args: Any, kwargs: Any) -> list[str]:
     query, keys, mask, k, _, sparse, _ = _memory.topk_call(*args, **kwargs)
     headline = f"topk_scores: {text.shapes(query=query, keys=keys)}, k = {k}, {_dtypes(query, keys)}"
-    return [headline, *(_plain(fn) or _topk_way(query, keys, mask, sparse))]
+    return [headline, *(_plain(fn) or _topk_way(query, keys, mask, k, sparse))]
 
 
-def _topk_way(query: Tensor, keys: Tensor, mask: Tensor | None, sparse: bool) -> list[str]:
+def _topk_way(query: Tensor, keys: Tensor, mask: Tensor | None, k: int, sparse: bool) -> list[str]:
     route = autograd.plan(query, keys)
     wanted = keys.requires_grad and torch.is_grad_enabled()
     if sparse and wanted and route != "function":
@@ -43,9 +43,12 @@ def _topk_way(query: Tensor, keys: Tensor, mask: Tensor | None, sparse: bool) ->
         ]
     streamed = query.shape[0] <= ROW_QUERIES
     name = "streams the keys once" if streamed else "tiles of queries by slots with a running threshold"
-    lines.append(f"kernel: {name}, ISA {text.isa()}, {_arithmetic(keys)}")
-    if not streamed:
-        lines.append(f"not the streaming kernel: there are more than {ROW_QUERIES} queries")
+    if not query.is_cpu:
+        lines += _explain_cuda.topk(query, keys, k)
+    else:
+        lines.append(f"kernel: {name}, ISA {text.isa()}, {_arithmetic(keys)}")
+        if not streamed:
+            lines.append(f"not the streaming kernel: there are more than {ROW_QUERIES} queries")
     if keys.stride(1) != 1 and keys.shape[1] != 1:
         lines.append("copy of the keys: the elements of a row do not lie side by side")
     if mask is not None:
@@ -53,7 +56,7 @@ def _topk_way(query: Tensor, keys: Tensor, mask: Tensor | None, sparse: bool) ->
     if route == "function" and keys.requires_grad:
         kind = "sparse, a row for each slot that was chosen" if sparse else "dense [N, D] (sparse_grad=False)"
         lines.append(f"gradient of the keys: {kind}")
-    return lines + text.isa_lines()
+    return lines + (text.isa_lines() if query.is_cpu else [])
 
 
 def _no_sparse(route: str) -> str:
@@ -74,11 +77,14 @@ def _gather_way(weights: Tensor, values: Tensor, sparse: bool) -> list[str]:
     lines = [text.route_line(route, "all picked rows, Q x K x D_v")]
     if route == "reference":
         return [*lines, "kernel: none"]
-    lines.append(f"kernel: weighted sums of prefetched rows, ISA {text.isa()}, {_arithmetic(values)}")
+    if values.is_cpu:
+        lines.append(f"kernel: weighted sums of prefetched rows, ISA {text.isa()}, {_arithmetic(values)}")
+    else:
+        lines += _explain_cuda.gather(values)
     if wanted:
         kind = "sparse, a row for each slot that occurs" if sparse else "dense [N, D_v] (sparse_grad=False)"
         lines.append(f"gradient of the values: {kind}")
-    return lines + text.isa_lines()
+    return lines + (text.isa_lines() if values.is_cpu else [])
 
 
 def _product_keys(fn: Any, explain: Explain, args: Any, kwargs: Any) -> list[str]:
@@ -100,7 +106,7 @@ def _product_keys(fn: Any, explain: Explain, args: Any, kwargs: Any) -> list[str
     return [
         headline,
         f"candidates: the {candidates} best of n = {n} half keys, for each head and half, by topk_scores",
-        *_indented(_topk_way(flat, _stand_in((n, half), row_keys.dtype, *parts), None, False)),
+        *_indented(_topk_way(flat, _stand_in((n, half), row_keys.dtype, *parts), None, candidates, False)),
         f"choice: {pairs} pairs of candidates are looked at for the best {k} (i j <= k), of {n * n} slots",
         f"weights: a softmax by torch operations, {rows} x {heads} x {k}",
         f"values: weighted_gather of {heads * k} rows a query",
@@ -137,7 +143,7 @@ def _read_best(query: Tensor, tables: Tables, plan: Plan, mask: Tensor | None) -
     mask = mask.unsqueeze(0) if mask is not None and mask.dim() == 1 else mask
     if _memory_hops.scores_in_kernel(query, tables, plan):
         lines = [f"way: the {plan.topk} best slots by topk_scores, whose scores are also those of the weights"]
-        lines += _indented(_topk_way(query, tables.keys, mask, plan.sparse_grad))
+        lines += _indented(_topk_way(query, tables.keys, mask, plan.topk, plan.sparse_grad))
     else:
         block = _memory_hops.block_size(query, tables.keys, plan, plan.topk)
         lines = [f"way: the {plan.topk} best slots in blocks of {block}, then the chosen keys are scored again"]
@@ -146,7 +152,7 @@ def _read_best(query: Tensor, tables: Tables, plan: Plan, mask: Tensor | None) -
             lines.append("  kernel: none; scores of a block are torch operations on queries x slots x D")
         else:
             lines.append("  each block of keys is prepared by torch operations, and scored by topk_scores")
-            lines += _indented(_topk_way(query.detach(), tables.keys.detach(), mask, False))
+            lines += _indented(_topk_way(query.detach(), tables.keys.detach(), mask, plan.topk, False))
     return lines + _weigh(query, tables, plan)
 
 

@@ -69,7 +69,7 @@ def memory_read(
         reaches nothing.
     candidates : (offsets, slots), optional
         Lists from an index (:mod:`attnfast.memory`): integer ``[Q + 1]`` and ``[nnz]`` for the Q queries in order; list
-        i is ``slots[offsets[i]:offsets[i + 1]]``, ascending without duplicates.
+        i is ``slots[offsets[i]:offsets[i + 1]]``, ascending without duplicates. They may lie on the host.
     hops : int
         Number of reads, at least 1.
     hop : {"add", "replace"}
@@ -211,7 +211,7 @@ def memory_call(
     seen = _flat_mask(mask, leading, slots)
     lists = None
     if candidates is not None:
-        lists = make_lists(candidates, flat.shape[0], slots, seen)
+        lists = make_lists(candidates, flat, slots, seen)
         seen = None
     return flat, plan, seen, lists
 
@@ -322,8 +322,11 @@ def _flat_mask(mask: Any, leading: torch.Size, slots: int) -> Tensor | None:
     return full.reshape(leading.numel(), slots)
 
 
-def make_lists(candidates: Any, queries: int, slots: int, mask: Tensor | None) -> Lists:
-    """Check candidate lists and drop what the mask hides."""
+def make_lists(candidates: Any, query: Tensor, slots: int, mask: Tensor | None) -> Lists:
+    """Check the candidate lists of queries ``[Q, D]`` where they lie, take them to the queries' device, and drop what
+    the mask hides.
+    """
+    queries = query.shape[0]
     if not isinstance(candidates, tuple | list) or len(candidates) != 2:
         raise TypeError(f"candidates: expected (offsets, slots), got {type(candidates).__name__}")
     offsets, found = candidates
@@ -348,6 +351,7 @@ def make_lists(candidates: Any, queries: int, slots: int, mask: Tensor | None) -
     row = torch.repeat_interleave(torch.arange(queries, device=found.device), counts)
     if bool(((row[1:] == row[:-1]) & (found[1:] <= found[:-1])).any()):
         raise ValueError("candidates' slots: expected each list ascending without duplicates")
+    offsets, found, row = (x.to(query.device) for x in (offsets, found, row))
     if mask is not None:
         kept = mask[found] if mask.dim() == 1 else mask[row, found]
         found, row = found[kept], row[kept]

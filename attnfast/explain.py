@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnfast import _additive, _explain_memory, _prepare, autograd, functional, ops, reference
+from attnfast import _additive, _explain_cuda, _explain_memory, _prepare, autograd, functional, ops, reference
 from attnfast import _explain_text as text
 from attnfast._ext import _C
 from attnfast._normalized import is_normalized
@@ -115,6 +115,8 @@ def _kernel(tensors: list[Any], options: DotAttentionOptions, need_lse: bool, ad
     arithmetic = text.arithmetic(query.dtype)
     if not all(text.is_readable(x) for x in (*tensors, *options[: ops.N_OPTION_TENSORS])):
         return [f"kernel: chosen when real tensors arrive (these carry none); ISA {text.isa()}, {arithmetic}"]
+    if not query.is_cpu:
+        return _cuda_kernel(tensors, options, additive)
     shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     mask, bias, bias2 = (None if x is None else x.expand(shape) for x in (options.mask, bias, bias2))
     alibi = options.alibi_slopes
@@ -140,6 +142,18 @@ def _kernel(tensors: list[Any], options: DotAttentionOptions, need_lse: bool, ad
     if options.weights_mode:
         lines.append(f"second pass: writes {_WEIGHTS[options.weights_mode]}, recomputing the scores")
     return lines + text.isa_lines()
+
+
+def _cuda_kernel(tensors: list[Any], options: DotAttentionOptions, additive: bool) -> list[str]:
+    query, key, value = tensors[:3]
+    if additive:
+        lines = _explain_cuda.additive(query, key, value)
+    else:
+        grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+        lines = _explain_cuda.dot(query, key, value, options.cu_seqlens_q, grad)
+    if options.weights_mode:
+        lines.append(f"second pass: writes {_WEIGHTS[options.weights_mode]}, recomputing the scores")
+    return lines
 
 
 def _keeps_no_lse(fn: Callable[..., Any], args: Any, kwargs: Any) -> bool:

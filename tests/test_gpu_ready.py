@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import BACKENDS, on_device
+from conftest import BACKENDS, emulated, on_device
 
 import attnfast
 from attnfast.cli import CommandError, bench
@@ -57,6 +57,18 @@ def test_gradients_come_back_and_a_refusal_skips() -> None:
 
     with pytest.raises(pytest.skip.Exception, match="with wings"):
         on_device(refuse, "cpu")()
+
+
+def test_the_emulated_backend_launches_kernels_or_fails() -> None:
+    launched = iter([3, 4, 4, 4, 4, 4])
+    call = emulated(attnfast.attention, SimpleNamespace(launches=lambda: next(launched)))  # type: ignore[arg-type]
+    query = torch.randn(1, 2, 4, 8)
+    assert torch.equal(call(query, query, query), attnfast.attention(query, query, query))
+    with pytest.raises(AssertionError, match="no kernel was launched"):
+        call(query, query, query)
+    call(query, query, query, normalizer="sparsemax")  # by torch
+    with pytest.raises(pytest.skip.Exception, match="134 million multiply-adds"):
+        call(*[torch.zeros(1, 1, 1024, 64)] * 3)
 
 
 @pytest.mark.parametrize(

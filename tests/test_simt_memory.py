@@ -6,6 +6,7 @@ in SHARED. Each runs under a schedule that its name chooses. What is particular 
 
 from __future__ import annotations
 
+import itertools
 import math
 import zlib
 from collections.abc import Callable, Iterator
@@ -43,10 +44,12 @@ SHARED: dict[ModuleType, tuple[str, ...]] = {
     ),
     test_topk: (
         "a_full_house_of_nan",
+        "derivatives_with_keys_in_int8",
         "dtypes_may_differ",
         "equals_a_stable_sort",
         "gradcheck",
         "gradients_are_the_reference_s",
+        "keys_in_int8",
         "mask_of_other_bytes",
         "masks",
         "not_finite",
@@ -55,6 +58,7 @@ SHARED: dict[ModuleType, tuple[str, ...]] = {
         "scale",
         "shapes",
         "strides",
+        "strides_of_int8",
         "what_is_hidden_reaches_no_gradient",
     ),
 }
@@ -158,6 +162,35 @@ def test_a_score_does_not_depend_on_how_it_was_formed(dtype: torch.dtype) -> Non
     assert padded.stride(0) * padded.element_size() % 16 == 0 and keys.stride(0) * keys.element_size() % 16 != 0
     for found, whole in zip(attnfast.topk_scores(query, padded[:, :19], 30), wanted, strict=True):
         assert torch.equal(found, whole)
+
+
+def test_two_operands_of_one_half_type_take_tensor_cores(kernels: ModuleType) -> None:
+    """Whatever their layout, and no others do."""
+    query, keys = torch.randn(3, 19), torch.randn(70, 40)
+    for one in FLOATS:
+        for other in FLOATS:
+            if (one == torch.float64) != (other == torch.float64):
+                continue
+            rows = keys.to(other)
+            for table in (rows[:, :19], rows.as_strided((70, 19), (40, 1), 1), rows[:, :19].T.contiguous().T):
+                before = kernels.mma_instructions()
+                attnfast.topk_scores(query.to(one), table, 5)
+                assert (kernels.mma_instructions() > before) == (one == other and one.itemsize == 2)
+
+
+def test_lists_that_fill_up_again_and_again(kernels: ModuleType) -> None:
+    """Scores that rise all the time: each tile's are better than all before, which lists of every size must take."""
+    for dtype, B, k in itertools.product(
+        (torch.float32, torch.bfloat16), (1, 5, 33), (1, 2, 63, 64, 65, 511, 512, 513)
+    ):
+        N = 1500 if B == 1 else 700
+        keys = torch.arange(N).unsqueeze(1) - 350.0
+        query = torch.full((B, 1), 1.0)
+        query[B // 2] = -1.0  # these fall
+        levels = keys.to(dtype).float()  # bfloat16 rounds neighbours to ties
+        scores, indices = attnfast.topk_scores(query.to(dtype), keys.to(dtype), k)
+        wanted = (query @ levels.T).sort(dim=1, descending=True, stable=True)
+        assert torch.equal(scores, wanted.values[:, :k]) and torch.equal(indices, wanted.indices[:, :k])
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

@@ -90,7 +90,7 @@ def find_problem(tensors: Mapping[str, Tensor]) -> str | None:
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], policy: str) -> None:
     """Write the state of a store to `path`, whole or not at all."""
     save_file = _safetensors().torch.save_file
-    whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     described = json.dumps({"kind": KIND, "version": VERSION, "policy": policy})
     replace_file(path, lambda name: save_file(whole, name, metadata={"format": "pt", "attnfast": described}))
 

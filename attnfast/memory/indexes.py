@@ -3,7 +3,8 @@
 An index gives lists of candidates, and a read scores those alone (Weston, Chopra and Bordes, "Memory Networks", ICLR
 2015, section 3.3): exact for the slots listed, blind to the rest, which `recall` measures. An index knows what it was
 told by `add` and `remove`: tell it of every write. A slot that is deleted from the store without `remove` costs time
-only, because reads leave out slots that are free. Indexes live on the host and are safe to use from several threads.
+only, because reads leave out slots that are free. Indexes and their lists live on the host, wherever the store is, and
+are safe to use from several threads.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ class _Index:
 
     def _checked_slots(self, slots: Any, once: bool = False) -> Tensor:
         check.integers("slots", slots)
-        at = slots.reshape(-1).long()
+        at = slots.reshape(-1).long().cpu()
         outside = at[(at < 0) | (at >= self.store.capacity)]
         if outside.shape[0]:
             raise ValueError(f"slots: expected 0 <= slot < capacity = {self.store.capacity}, got {int(outside[0])}")
@@ -114,7 +115,7 @@ class _Index:
     def _recall(self, query: Tensor, k: int, lists: tuple[Tensor, Tensor], score: str) -> float:
         full = self.store.read(query, k, score=score, count=False, return_aux=True)
         assert isinstance(full, MemoryReadOutput) and full.indices is not None
-        best = full.indices.reshape(-1, k)
+        best = full.indices.reshape(-1, k).cpu()
         offsets, slots = lists
         row = torch.repeat_interleave(torch.arange(best.shape[0]), offsets.diff())
         listed = row * self.store.capacity + slots
@@ -325,7 +326,7 @@ class ClusterIndex(_Index):
         """
         check_query(query, self.store.key_size)
         centroids = self._fitted()
-        flat = query.detach().reshape(-1, query.shape[-1]).float()
+        flat = query.detach().reshape(-1, query.shape[-1]).float().cpu()
         found = _best(flat, centroids, self.score, self.probes)
         with self._lock:
             return self._buckets.union(torch.arange(flat.shape[0] + 1) * self.probes, found.flatten())
@@ -365,7 +366,7 @@ def _lists(name: str, words: Any) -> tuple[Tensor, Tensor]:
         rising = offsets.shape[0] > 0 and int(offsets[0]) == 0 and bool((offsets.diff() >= 0).all())
         if not rising or int(offsets[-1]) != ids.shape[0]:
             raise ValueError(f"{name}' offsets: expected to rise from 0 to nnz = {ids.shape[0]}")
-        return offsets.long(), ids.long()
+        return offsets.long().cpu(), ids.long().cpu()
     if isinstance(words, Tensor | str) or not isinstance(words, Sequence):
         raise TypeError(f"{name}: expected a list of lists of integers or (offsets, ids), got {type(words).__name__}")
     rows: list[list[int]] = []

@@ -313,7 +313,7 @@ class MemoryStore(StoreState):
             # Slots from `end` on are free: no need to look at them, and often none to mask.
             tables = Tables(*(self._used(name, book) for name in TABLES))
             mask = None if book.count == book.end else self.valid[: book.end].clone()
-            lists = None if candidates is None else make_lists(candidates, flat.shape[0], self.capacity, self.valid)
+            lists = None if candidates is None else make_lists(candidates, flat, self.capacity, self.valid)
 
             def observe(picked: Picked) -> None:
                 with torch.no_grad():
@@ -393,9 +393,9 @@ class MemoryStore(StoreState):
         return rows.shape[:-1]
 
     def _checked_slots(self, slots: Any) -> Tensor:
-        """Flat int64 slots, all of them written; a lock is held."""
+        """Flat int64 slots on the store's device, all of them written; a lock is held."""
         check.integers("slots", slots)
-        at = slots.reshape(-1).long()
+        at = slots.reshape(-1).long().to(self.valid.device)
         outside = at[(at < 0) | (at >= self.capacity)]
         if outside.shape[0]:
             raise ValueError(f"slots: expected 0 <= slot < capacity = {self.capacity}, got {int(outside[0])}")

@@ -21,6 +21,23 @@ py::object dot_attention_workspace(PyObject* const* items, Py_ssize_t given) {
   return py::int_(cuda::dot_attention_workspace(call.params));
 }
 
+// For reports. The output is a new tensor.
+py::object dot_attention_kernel(PyObject* const* items, Py_ssize_t given) {
+  ArgReader args("dot_attention_kernel", items, given, 3, kDevice);
+  const TensorView query = args.tensor("query");
+  const TensorView key = args.tensor("key");
+  const TensorView value = args.tensor("value");
+  CallOf<DotAttentionParams> call;
+  call.set_inputs(query, key, value);
+  DotAttentionParams& p = call.params;
+  p.out.dtype = p.query.dtype;
+  p.out.stride[3] = 1;
+  p.out.stride[2] = p.value_size;
+  p.out.stride[1] = p.query_tokens * p.value_size;
+  p.out.stride[0] = p.heads * p.out.stride[1];
+  return py::str(cuda::dot_attention_kernel_name(p));
+}
+
 py::object dot_attention_fwd(PyObject* const* items, Py_ssize_t given) {
   ArgReader args("dot_attention_fwd", items, given, 28, kDevice);
   const TensorView query = args.tensor("query");

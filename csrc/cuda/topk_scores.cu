@@ -1,4 +1,5 @@
-// The k best slots for each query, without the matrix of scores: product and choice in one pass over the keys.
+// The k best slots for each query, without the matrix of scores: product and choice in one pass over the keys. Here by
+// fused multiply-adds, for all that topk_scores_mma.cu does not take, and how a call is cut into blocks.
 //
 // A block has some queries and a range of slots, which it takes in tiles. The product of a tile is one of registers:
 // keys come through shared memory a few columns at a time, queries stay there if they are not too wide. Then each
@@ -13,9 +14,9 @@
 
 #include <type_traits>
 
-#include "cuda/device/candidates.cuh"
 #include "cuda/device/table.cuh"
 #include "cuda/launch.h"
+#include "cuda/topk_parts.cuh"
 
 namespace attnfast::cuda {
 namespace {
@@ -26,12 +27,11 @@ constexpr int64_t kMinShare = 2048;   // slots of a range at least,
 constexpr int64_t kShareOfCount = 4;  // or so many times k
 constexpr int64_t kShareStep = 256;   // a multiple of every tile
 
-// kMany: many queries and small k. kSome, kFew: longer lists of candidates, of fewer queries.
-enum Size { kMany, kSome, kFew };
+constexpr TopkSize kMany = TopkSize::kMany, kSome = TopkSize::kSome, kFew = TopkSize::kFew;
 
-template <class R, Size SIZE>
+template <class R, TopkSize SIZE>
 struct Plan {
-  static constexpr int kQueries = SIZE == kMany ? 32 : SIZE == kSome ? 8 : 2;
+  static constexpr int kQueries = topk_queries(SIZE), kMaxCount = topk_max_count(SIZE);
   static constexpr int kQueriesOfThread = SIZE == kFew ? 2 : 4, kSlotsOfThread = SIZE == kMany ? 4 : 2;
   static constexpr int kQueryGroups = kQueries / kQueriesOfThread, kSlotGroups = kThreads / kQueryGroups;
   static constexpr int kSlots = kSlotGroups * kSlotsOfThread;
@@ -40,9 +40,9 @@ struct Plan {
   static constexpr int kVector = 16 / static_cast<int>(sizeof(R));
   static constexpr int kColumns = (SIZE == kMany ? 128 : 64) / static_cast<int>(sizeof(R)), kPitch = kColumns + kVector;
   static constexpr int kResident = sizeof(R) == 4 ? 256 : 64;  // up to this size queries stay in shared memory
-  static constexpr int kMaxCount = SIZE == kMany ? 64 : SIZE == kSome ? 512 : 2048;
+  // Of kSome so that two blocks of float32 fit the multiprocessor of an A100.
   static constexpr int kCapacity = SIZE == kMany   ? 128
-                                   : SIZE == kSome ? (sizeof(R) == 4 ? 1024 : 640)
+                                   : SIZE == kSome ? (sizeof(R) == 4 ? 768 : 640)
                                                    : (sizeof(R) == 4 ? 3072 : 2304);
   static_assert(kCapacity >= kMaxCount + kSlots && kShareStep % kSlots == 0);
 
@@ -56,18 +56,19 @@ struct Plan {
   }
 };
 
-// The k best of a sorted list to one row of the result; places without a candidate get -inf and -1.
-template <class Team, class R>
-ATTNFAST_DEVICE void write_best(const TopkParams& p, const CandidateList<R>& c, int64_t query, int lane) {
-  const int n = *c.count;
-  for (int64_t i = lane; i < p.count; i += Team::kSize) {
-    const bool there = i < n;
-    static_cast<R*>(p.scores)[query * p.count + i] = there ? c.list[i].score() : -static_cast<R>(__builtin_inf());
-    p.indices[query * p.count + i] = there ? static_cast<int64_t>(c.list[i].slot()) : -1;
-  }
-}
-
 struct Any {};  // keys whose rows cannot be read 16 bytes at a time; their type is known at run time
+
+// What may be a table in int8, of which slot n stands for key_scales[n] times its elements.
+template <class T>
+constexpr bool kMayBeCodes = std::is_same_v<T, int8_t> || std::is_same_v<T, Any>;
+
+ATTNFAST_DEVICE float load_any(const TopkParams& p, int64_t at, float) {
+  if (p.keys.dtype == DType::kInt8) return static_cast<float>(static_cast<const int8_t*>(p.keys.data)[at]);
+  return load_element<float>(p.keys.data, p.keys.dtype, at);
+}
+ATTNFAST_DEVICE double load_any(const TopkParams& p, int64_t at, double) {
+  return static_cast<const double*>(p.keys.data)[at];
+}
 
 // Columns [first, first + kColumns) of slots [slot, slot + kSlots) to shared memory, zero where there is none.
 template <class R, class T, class P>
@@ -78,7 +79,7 @@ ATTNFAST_DEVICE void load_keys(const TopkParams& p, R* tile, int64_t slot, int64
       const int row = i / P::kColumns, column = i % P::kColumns;
       const bool there = slot + row < end && first + column < p.size;
       tile[row * P::kPitch + column] =
-          there ? load_element<R>(p.keys.data, p.keys.dtype, (slot + row) * p.keys.stride[2] + first + column) : R(0);
+          there ? load_any(p, (slot + row) * p.keys.stride[2] + first + column, R(0)) : R(0);
     }
   } else {
     constexpr int kWidth = 16 / static_cast<int>(sizeof(T)), kVectors = P::kColumns / kWidth;
@@ -129,12 +130,11 @@ ATTNFAST_DEVICE void load_queries(const TopkParams& p, R* tile, int pitch, int64
   }
 }
 
-template <class R, class T, Size SIZE>
+template <class R, class T, TopkSize SIZE>
 __global__ void __launch_bounds__(kThreads, sizeof(R) == 4 ? 4 : 2)
     topk_scores_kernel(TopkParams p, int64_t share, int64_t splits, int query_pitch, Candidate<R>* workspace) {
   using P = Plan<R, SIZE>;
-  // Lists of the first kind are short and many: a warp sorts one.
-  using Team = std::conditional_t<SIZE == kMany, WarpTeam, BlockTeam<kThreads>>;
+  using Team = typename TopkTeam<SIZE, kThreads>::Type;
   constexpr int kTeams = kThreads / Team::kSize;
   ATTNFAST_SHARED(shared);
   Candidate<R>* lists = reinterpret_cast<Candidate<R>*>(shared);
@@ -144,8 +144,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(R) == 4 ? 4 : 2)
   int* counts = reinterpret_cast<int*>(queries + P::kQueries * query_pitch);
   const int thread = static_cast<int>(threadIdx.x), team = thread / Team::kSize, lane = thread % Team::kSize;
   const int tx = thread % P::kSlotGroups, ty = thread / P::kSlotGroups;
-  const int64_t block = blockIdx.x, split = block % splits, first_query = block / splits * P::kQueries;
-  const int64_t begin = split * share, end = begin + share < p.slots ? begin + share : p.slots;
+  const auto [first_query, split, begin, end] = topk_part<P::kQueries>(p, share, splits);
   const bool resident = p.size <= P::kResident;
   const int count = static_cast<int>(p.count);
   const auto candidates = [&](int q) { return CandidateList<R>{lists + q * P::kCapacity, thresholds + q, counts + q}; };
@@ -196,7 +195,11 @@ __global__ void __launch_bounds__(kThreads, sizeof(R) == 4 ? 4 : 2)
       for (int j = 0; j < P::kSlotsOfThread; ++j) {
         const int64_t n = slot + tx + j * P::kSlotGroups;
         if (n >= end) continue;
-        const Candidate<R> candidate = Candidate<R>::of(score[i][j], static_cast<uint32_t>(n));
+        R s = score[i][j];
+        if constexpr (kMayBeCodes<T> && sizeof(R) == 4) {
+          if (p.key_scales) s *= p.key_scales[n];
+        }
+        const Candidate<R> candidate = Candidate<R>::of(s, static_cast<uint32_t>(n));
         if (!candidate.before(threshold)) continue;
         if (p.mask.data) {
           const int64_t at = (first_query + q) * p.mask.stride[2] + n * p.mask.stride[3];
@@ -213,16 +216,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(R) == 4 ? 4 : 2)
 
   for (int q = team; q < P::kQueries; q += kTeams) {
     if (first_query + q >= p.queries) break;
-    const CandidateList<R> list = candidates(q);
-    Team::sync();  // make_room has set its count
-    const int n = *list.count;
-    sort_candidates<Team>(list.list, n, lane);
-    if (splits == 1) {
-      write_best<Team>(p, list, first_query + q, lane);
-    } else {
-      Candidate<R>* to = workspace + ((first_query + q) * splits + split) * p.count;
-      for (int i = lane; i < count; i += Team::kSize) to[i] = i < n ? list.list[i] : Candidate<R>{};
-    }
+    finish_query<Team>(p, candidates(q), first_query + q, split, splits, workspace, lane);
   }
 }
 
@@ -251,25 +245,18 @@ __global__ void __launch_bounds__(kThreads)
     list.template make_room<BlockTeam<kThreads>>(static_cast<int>(p.count), kTile, kCapacity, thread);
   }
   __syncthreads();
-  sort_candidates<BlockTeam<kThreads>>(all, *list.count, thread);
+  list.template keep_best<BlockTeam<kThreads>>(static_cast<int>(p.count), thread);
   write_best<BlockTeam<kThreads>>(p, list, query, thread);
 }
 
 // ---- Launches --------------------------------------------------------------------------------------------------
 
-struct Schedule {
-  Size size;
-  int64_t groups, splits, share;
-};
-
-Schedule schedule_of(const TopkParams& p) {
-  Schedule s{};
-  s.size = p.count > Plan<float, kSome>::kMaxCount || p.queries <= Plan<float, kFew>::kQueries    ? kFew
-           : p.count > Plan<float, kMany>::kMaxCount || p.queries <= Plan<float, kSome>::kQueries ? kSome
-                                                                                                  : kMany;
-  const int64_t queries = s.size == kMany   ? Plan<float, kMany>::kQueries
-                          : s.size == kSome ? Plan<float, kSome>::kQueries
-                                            : Plan<float, kFew>::kQueries;
+TopkSchedule schedule_of(const TopkParams& p) {
+  TopkSchedule s{};
+  s.size = p.count > topk_max_count(kSome) || p.queries <= topk_queries(kFew)    ? kFew
+           : p.count > topk_max_count(kMany) || p.queries <= topk_queries(kSome) ? kSome
+                                                                                 : kMany;
+  const int64_t queries = topk_queries(s.size);
   s.groups = (p.queries + queries - 1) / queries;
   const int64_t least = kMinShare > kShareOfCount * p.count ? kMinShare : kShareOfCount * p.count;
   const int64_t wanted = kBlocks / (s.groups > 0 ? s.groups : 1), possible = p.slots / least;
@@ -281,19 +268,8 @@ Schedule schedule_of(const TopkParams& p) {
   return s;
 }
 
-template <class R, class T, Size SIZE>
-void launch(const TopkParams& p, const Schedule& s, void* workspace, Stream stream) {
-  using P = Plan<R, SIZE>;
-  static_assert(P::shared_bytes(P::kResident) <= 99 * 1024, "what sm_120 has for a block");
-  constexpr const char* kName = "topk_scores";
-  if (s.groups * s.splits > INT32_MAX || p.queries > INT32_MAX) {
-    throw std::runtime_error(call_text(kName, p) + ": more than 2^31 blocks");
-  }
-  const size_t bytes = P::shared_bytes(p.size);
-  allow_shared(topk_scores_kernel<R, T, SIZE>, bytes, kName, p);
-  ATTNFAST_LAUNCH((topk_scores_kernel<R, T, SIZE>), static_cast<unsigned>(s.groups * s.splits), kThreads, bytes, stream,
-                  p, s.share, s.splits, P::query_pitch(p.size), static_cast<Candidate<R>*>(workspace));
-  check_launched(kName, p);
+template <class R>
+void launch_merge(const TopkParams& p, const TopkSchedule& s, void* workspace, Stream stream) {
   if (s.splits == 1) return;
   constexpr const char* kMerge = "topk_merge";
   constexpr size_t kMergeBytes = (Plan<R, kFew>::kCapacity + 1) * sizeof(Candidate<R>) + sizeof(int);
@@ -303,15 +279,27 @@ void launch(const TopkParams& p, const Schedule& s, void* workspace, Stream stre
   check_launched(kMerge, p);
 }
 
+template <class R, class T, TopkSize SIZE>
+void launch(const TopkParams& p, const TopkSchedule& s, void* workspace, Stream stream) {
+  using P = Plan<R, SIZE>;
+  static_assert(P::shared_bytes(P::kResident) <= 99 * 1024, "what sm_120 has for a block");
+  constexpr const char* kName = "topk_scores";
+  const size_t bytes = P::shared_bytes(p.size);
+  allow_shared(topk_scores_kernel<R, T, SIZE>, bytes, kName, p);
+  ATTNFAST_LAUNCH((topk_scores_kernel<R, T, SIZE>), static_cast<unsigned>(s.groups * s.splits), kThreads, bytes, stream,
+                  p, s.share, s.splits, P::query_pitch(p.size), static_cast<Candidate<R>*>(workspace));
+  check_launched(kName, p);
+}
+
 template <class R, class T>
-void launch_by_size(const TopkParams& p, void* workspace, Stream stream) {
-  const Schedule s = schedule_of(p);
+void launch_by_size(const TopkParams& p, const TopkSchedule& s, void* workspace, Stream stream) {
   if (s.size == kMany)
     launch<R, T, kMany>(p, s, workspace, stream);
   else if (s.size == kSome)
     launch<R, T, kSome>(p, s, workspace, stream);
   else
     launch<R, T, kFew>(p, s, workspace, stream);
+  launch_merge<R>(p, s, workspace, stream);
 }
 
 template <class T>
@@ -323,14 +311,13 @@ bool rows_are_vectors(const TopkParams& p) {
 }  // namespace
 
 const char* topk_scores_missing(const TopkParams& p) {
-  if (p.keys.dtype == DType::kInt8) return "keys in int8";
   if (p.slots > static_cast<int64_t>(UINT32_MAX)) return "2^32 slots or more";
-  if (p.count > Plan<float, kFew>::kMaxCount) return "k above 2048";
+  if (p.count > topk_max_count(kFew)) return "k above 2048";
   return nullptr;
 }
 
 int64_t topk_scores_workspace(const TopkParams& p) {
-  const Schedule s = schedule_of(p);
+  const TopkSchedule s = schedule_of(p);
   const size_t bytes = p.keys.dtype == DType::kFloat64 ? sizeof(Candidate<double>) : sizeof(Candidate<float>);
   return s.splits > 1 ? p.queries * s.splits * p.count * static_cast<int64_t>(bytes) : 0;
 }
@@ -340,21 +327,32 @@ void topk_scores_fwd(const TopkParams& p, void* workspace, void* stream) {
     throw std::runtime_error(call_text("topk_scores", p) + ": no kernel has " + missing);
   }
   if (p.queries == 0 || p.count == 0) return;
+  const TopkSchedule s = schedule_of(p);
+  if (s.groups * s.splits > INT32_MAX || p.queries > INT32_MAX) {
+    throw std::runtime_error(call_text("topk_scores", p) + ": more than 2^31 blocks");
+  }
   const auto queue = static_cast<Stream>(stream);
+  if (topk_scores_mma_takes(p)) {
+    topk_scores_mma(p, s, workspace, stream);
+    return launch_merge<float>(p, s, workspace, queue);
+  }
   if (p.keys.dtype == DType::kFloat64) {
-    if (rows_are_vectors<double>(p)) return launch_by_size<double, double>(p, workspace, queue);
-    return launch_by_size<double, Any>(p, workspace, queue);
+    if (rows_are_vectors<double>(p)) return launch_by_size<double, double>(p, s, workspace, queue);
+    return launch_by_size<double, Any>(p, s, workspace, queue);
   }
   if (p.keys.dtype == DType::kFloat32 && rows_are_vectors<float>(p)) {
-    return launch_by_size<float, float>(p, workspace, queue);
+    return launch_by_size<float, float>(p, s, workspace, queue);
   }
   if (p.keys.dtype == DType::kBFloat16 && rows_are_vectors<BFloat16>(p)) {
-    return launch_by_size<float, BFloat16>(p, workspace, queue);
+    return launch_by_size<float, BFloat16>(p, s, workspace, queue);
   }
   if (p.keys.dtype == DType::kFloat16 && rows_are_vectors<Float16>(p)) {
-    return launch_by_size<float, Float16>(p, workspace, queue);
+    return launch_by_size<float, Float16>(p, s, workspace, queue);
   }
-  launch_by_size<float, Any>(p, workspace, queue);
+  if (p.keys.dtype == DType::kInt8 && rows_are_vectors<int8_t>(p)) {
+    return launch_by_size<float, int8_t>(p, s, workspace, queue);
+  }
+  launch_by_size<float, Any>(p, s, workspace, queue);
 }
 
 }  // namespace attnfast::cuda

@@ -16,4 +16,20 @@ int64_t topk_scores_workspace(const TopkParams& params);
 // launched. `workspace` is memory of the device, aligned to 16 bytes.
 void topk_scores_fwd(const TopkParams& params, void* workspace, void* stream);
 
+// ---- Parts, of which the above is made --------------------------------------------------------------------------
+
+// kMany: many queries and small k. kSome, kFew: longer lists of candidates, of fewer queries.
+enum class TopkSize { kMany, kSome, kFew };
+
+// Blocks of a call: groups of queries times ranges of `share` slots.
+struct TopkSchedule {
+  TopkSize size;
+  int64_t groups, splits, share;
+};
+
+// Tensor cores: types of 16 bits, the same on both sides. Nothing else decides, so that layouts and numbers of queries
+// show in no bit. Leaves the best of each range in the workspace where there are several.
+bool topk_scores_mma_takes(const TopkParams& params);
+void topk_scores_mma(const TopkParams& params, const TopkSchedule& schedule, void* workspace, void* stream);
+
 }  // namespace attnfast::cuda

@@ -137,8 +137,6 @@ std::string check_skewed_use(int64_t uses) {
   return found == wanted ? "" : "sums of " + std::to_string(uses) + " uses, most of one slot";
 }
 
-// ThreadSanitizer makes a fiber in a millisecond. These have each plan of topk_scores with lists that fill up, its
-// merge, outputs that several teams share, and slots over several chunks.
 // A table in int8, whose rows are aligned to 16 bytes or not; all numbers are exact.
 std::string check_int8(int64_t size) {
   constexpr int64_t B = 3, K = 4, N = 9;
@@ -186,6 +184,88 @@ std::string check_int8(int64_t size) {
   return "";
 }
 
+// A number as `dtype` holds it.
+void store(void* data, DType dtype, int64_t at, int value) {
+  const auto x = static_cast<float>(value);
+  switch (dtype) {
+    case DType::kFloat64:
+      static_cast<double*>(data)[at] = value;
+      return;
+    case DType::kFloat32:
+      static_cast<float*>(data)[at] = x;
+      return;
+    case DType::kInt8:
+      static_cast<int8_t*>(data)[at] = static_cast<int8_t>(value);
+      return;
+    case DType::kBFloat16:
+      static_cast<uint16_t*>(data)[at] = to_bfloat16(x);
+      return;
+    default:
+      static_cast<uint16_t*>(data)[at] = to_float16(x);
+  }
+}
+
+// One kernel of topk_scores for each pair of types, plan and kind of rows. Numbers are small integers, so all is exact.
+std::string check_topk_kernel(DType queries, DType keys, int64_t B, int64_t k, bool aligned) {
+  const int64_t N = k + 90, D = 23, stride = aligned ? 32 : 25;
+  native::Random random(static_cast<uint64_t>(B * 1000 + k));
+  const Memory query(B * D * 8), table(N * stride * 8), scores(B * k * 8), indices(B * k * 8);
+  std::vector<float> scales(static_cast<size_t>(N));
+  std::vector<int> x(static_cast<size_t>(B * D)), y(static_cast<size_t>(N * D));
+  for (size_t i = 0; i < x.size(); ++i) {
+    x[i] = static_cast<int>(random.below(7)) - 3;
+    store(query.as<void>(), queries, static_cast<int64_t>(i), x[i]);
+  }
+  for (int64_t n = 0; n < N; ++n) {
+    scales[static_cast<size_t>(n)] = random.chance(50) ? -0.5f : 2.0f;  // so that both zeros occur
+    for (int64_t d = 0; d < D; ++d) {
+      const int value = static_cast<int>(random.below(7)) - 3;
+      y[static_cast<size_t>(n * D + d)] = value;
+      store(table.as<void>(), keys, n * stride + d, value);
+    }
+  }
+  TopkParams p;
+  p.queries = B;
+  p.slots = N;
+  p.size = D;
+  p.count = k;
+  p.query.data = query.as<void>();
+  p.query.dtype = queries;
+  p.query.stride[2] = D;
+  p.query.stride[3] = 1;
+  p.keys.data = table.as<void>();
+  p.keys.dtype = keys;
+  p.keys.stride[2] = stride;
+  p.keys.stride[3] = 1;
+  if (keys == DType::kInt8) p.key_scales = scales.data();
+  p.scores = scores.as<void>();
+  p.indices = indices.as<int64_t>();
+  topk_scores(p);
+  for (int64_t b = 0; b < B; ++b) {
+    std::vector<double> wanted(static_cast<size_t>(N));
+    std::vector<int64_t> order(static_cast<size_t>(N));
+    std::iota(order.begin(), order.end(), 0);
+    for (int64_t n = 0; n < N; ++n) {
+      int64_t sum = 0;
+      for (int64_t d = 0; d < D; ++d) sum += x[static_cast<size_t>(b * D + d)] * y[static_cast<size_t>(n * D + d)];
+      wanted[static_cast<size_t>(n)] =
+          static_cast<double>(sum) * (keys == DType::kInt8 ? scales[static_cast<size_t>(n)] : 1.0);
+    }
+    const auto score = [&](int64_t n) { return wanted[static_cast<size_t>(n)]; };
+    std::stable_sort(order.begin(), order.end(), [&](int64_t i, int64_t j) { return score(i) > score(j); });
+    for (int64_t i = 0; i < k; ++i) {
+      const int64_t best = order[static_cast<size_t>(i)], at = b * k + i;
+      const double found = keys == DType::kFloat64 ? scores.as<double>()[at] : scores.as<float>()[at];
+      if (p.indices[at] != best || found != score(best)) {
+        return "topk of types " + std::to_string(static_cast<int>(queries)) + " and " +
+               std::to_string(static_cast<int>(keys)) + ", B=" + std::to_string(B) + ", k=" + std::to_string(k) +
+               ": place " + std::to_string(i) + " of query " + std::to_string(b);
+      }
+    }
+  }
+  return "";
+}
+
 // The merge of two halves in double precision, against all pairs.
 std::string check_product_keys() {
   constexpr int64_t C = 4, K = 7, kSide = 10;
@@ -221,6 +301,8 @@ std::string check_product_keys() {
   return "";
 }
 
+// ThreadSanitizer makes a fiber in a millisecond. These have each plan of topk_scores with lists that fill up, its
+// merge, outputs that several teams share, and slots over several chunks.
 bool worth_its_time([[maybe_unused]] int64_t number) {
 #if defined(__SANITIZE_THREAD__)
   for (const int64_t chosen : {2, 4, 16, 19, 129, 700})
@@ -278,6 +360,20 @@ int main(int count, char** arguments) {
     const std::string report = reported([&] { error = check_int8(size); });
     expect(error.empty() && report.empty(), error + report);
   }
+  constexpr DType kTypes[][2] = {
+      {DType::kFloat64, DType::kFloat64},  {DType::kFloat32, DType::kFloat32}, {DType::kBFloat16, DType::kBFloat16},
+      {DType::kFloat16, DType::kFloat16},  {DType::kFloat32, DType::kInt8},    {DType::kFloat32, DType::kBFloat16},
+      {DType::kBFloat16, DType::kFloat16},
+  };
+  for (const auto& [queries, keys] : kTypes)
+    for (const bool aligned : {true, false})
+      for (const auto& [B, k] : {std::pair<int64_t, int64_t>{2, 3}, {5, 70}, {33, 60}}) {
+        ++g_number;
+        use_schedule(0);
+        std::string error;
+        const std::string report = reported([&] { error = check_topk_kernel(queries, keys, B, k, aligned); });
+        expect(error.empty() && report.empty(), error + report);
+      }
   std::string error;
   const std::string report = reported([&] { error = check_product_keys(); });
   expect(error.empty() && report.empty(), error + report);
