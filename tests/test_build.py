@@ -93,7 +93,7 @@ def test_build_info() -> None:
 def test_development_requirements_are_pinned() -> None:
     files = [(ROOT / name).read_text().splitlines() for name in ("requirements-dev.txt", "requirements-no-deps.txt")]
     lines, alone = ([line for line in file if line and line[0] != "#"] for file in files)
-    assert alone == ["nvidia-cutlass==4.2.0.0", "OpenNMT-py==3.5.1"]
+    assert alone == ["nvidia-cutlass==4.2.0.0", "OpenNMT-py==3.5.1", "timm==1.0.31"]
     assert "--no-deps -r requirements-no-deps.txt" in (ROOT / "Makefile").read_text()
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[^ ;]+", line) for line in lines)
     assert "torch==2.13.0" in lines

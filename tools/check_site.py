@@ -17,7 +17,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("attnfast", "attnfast.nn", "attnfast.memory", "attnfast.integrations", "attnfast.viz")
+PACKAGES = tuple(f"attnfast{part}" for part in ("", ".nn", ".memory", ".integrations", ".distributed", ".viz"))
 # What the theme's script can ask for, and the class that a page would have to hold for it to do so. The last is asked
 # for by browsers without ResizeObserver alone (Safari before 13.1).
 THEME_REQUESTS = {

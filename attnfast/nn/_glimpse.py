@@ -26,8 +26,10 @@ class GlimpseSensor(nn.Module):
     scales : int
         How many patches; each is twice as wide as the one before.
 
-    Notes ----- The pixels of all samples and patches are read by one gather. There is a gradient with respect to the
-    image, and none with respect to l, where the paper has none either: places are learnt by REINFORCE.
+    Notes
+    -----
+    The pixels of all samples and patches are read by one gather. There is a gradient with respect to the image, and
+    none with respect to l, where the paper has none either: places are learnt by REINFORCE.
 
     Examples
     --------
