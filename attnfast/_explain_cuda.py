@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attnfast import _explain_text as text
-from attnfast import reference
+from attnfast import ops, reference
 from attnfast._ext import cuda_binary
 
 _HALVES = (torch.bfloat16, torch.float16)
@@ -30,7 +30,7 @@ def dot(query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor | None, 
     rows = query.shape[:3].numel()
     words = binary.dot_attention_workspace(*operands, cu_seqlens_q)
     if words:
-        lines.append(f"split: keys in {words // (rows * (value.shape[3] + 2))} ranges, joined by dot_attention_merge")
+        lines.append(f"split: keys in {words // (rows * (value.shape[3] + 2))} ranges, joined by attention_merge")
     return lines + ([f"backward: {name.replace('attention', 'attention_bwd')}"] if grad else [])
 
 
@@ -50,13 +50,14 @@ def no_tensor_cores(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     return None
 
 
-def additive(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
+def additive(query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor | None) -> list[str]:
     """Lines for a forward of the additive core."""
     lines = [f"kernel: additive_attention_fwd on CUDA, {text.arithmetic(query.dtype)}"]
-    words = cuda_binary().additive_attention_workspace(query.detach(), key.detach(), value.detach())[0]
+    operands = (query.detach(), key.detach(), value.detach())
+    words = cuda_binary().additive_attention_workspace(*operands, cu_seqlens_q, ops.WEIGHTS_NONE)[0]
     if words:
         ranges = words // (query.shape[:3].numel() * (value.shape[3] + 2))
-        lines.append(f"split: keys in {ranges} ranges, joined by additive_attention_merge")
+        lines.append(f"split: keys in {ranges} ranges, joined by attention_merge")
     return lines
 
 

@@ -147,7 +147,7 @@ def _kernel(tensors: list[Any], options: DotAttentionOptions, need_lse: bool, ad
 def _cuda_kernel(tensors: list[Any], options: DotAttentionOptions, additive: bool) -> list[str]:
     query, key, value = tensors[:3]
     if additive:
-        lines = _explain_cuda.additive(query, key, value)
+        lines = _explain_cuda.additive(query, key, value, options.cu_seqlens_q)
     else:
         grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
         lines = _explain_cuda.dot(query, key, value, options.cu_seqlens_q, grad)

@@ -41,6 +41,7 @@ BF16_ISA = "avx512_bf16"
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "not_emulated: makes too many calls for backend simt")
     config.addinivalue_line("markers", "bf16: has bfloat16 calls within, so is run on avx512_bf16 too")
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -53,6 +54,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     def wanted(item: pytest.Item) -> bool:
         params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
         if params.get("backend") == "simt":
+            if item.get_closest_marker("not_emulated") is not None:
+                return False
             first = item.nodeid.partition("[")[0] not in emulated_tests
             emulated_tests.add(item.nodeid.partition("[")[0])
             return first or zlib.crc32(item.name.encode()) % EMULATED_SHARE == 0

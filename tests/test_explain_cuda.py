@@ -51,7 +51,7 @@ def test_attention(simt: ModuleType, name: str) -> None:
     assert ("kernel: dot_attention_fma on CUDA" in said) == (products == 0)
     found = re.search(r"not dot_attention_mma, .*: (.*)", said)
     assert (found[1] if found else "") == reason
-    split = re.search(r"split: keys in (\d+) ranges, joined by dot_attention_merge", said)
+    split = re.search(r"split: keys in (\d+) ranges, joined by attention_merge", said)
     assert launches == (2 if split else 1) and (split is not None) == ("split" in name)
     assert not split or int(split[1]) == 2
 
@@ -75,7 +75,7 @@ def test_additive(simt: ModuleType) -> None:
             attnfast.additive_attention(*moved, weight)
             assert simt.launches() == before + launches
             assert "kernel: additive_attention_fwd on CUDA, float32 arithmetic" in said and "ISA" not in said
-            found = re.search(r"split: keys in (\d+) ranges, joined by additive_attention_merge", said)
+            found = re.search(r"split: keys in (\d+) ranges, joined by attention_merge", said)
             assert (found is not None) == (launches == 2) and (not found or int(found[1]) == 10)
 
 

@@ -97,6 +97,7 @@ def flash_gradients(sample: Any, probe: Tensor, rounded: Tensor) -> tuple[Tensor
     return torch.autograd.grad((output * probe).sum() - (e * s.logsumexp(-1)).sum(), tensors_of(sample))
 
 
+@pytest.mark.not_emulated  # thousands of copies of each sample; tests/test_simt.py has dropout
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opinfo_dropout_samples(backend: Any, dtype: torch.dtype) -> None:
     """torch draws other random numbers, so values differ; p = 1, the reproducible draw and the mean agree.
