@@ -40,6 +40,11 @@ except ImportError:
 BF16_ISA = "avx512_bf16"
 
 
+# The same source compiled for less: each combination of a test's parameters is run on one of these, chosen by its name,
+# and on what is best here in full.
+LOWER = [f"cpu-{name}" for name in ISAS if name != BF16_ISA][:-1]
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "not_emulated: makes too many calls for backend simt")
     config.addinivalue_line("markers", "bf16: has bfloat16 calls within, so is run on avx512_bf16 too")
@@ -59,6 +64,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             first = item.nodeid.partition("[")[0] not in emulated_tests
             emulated_tests.add(item.nodeid.partition("[")[0])
             return first or zlib.crc32(item.name.encode()) % EMULATED_SHARE == 0
+        if params.get("backend") in LOWER:
+            combination = item.nodeid.replace(str(params["backend"]), "")
+            return zlib.crc32(combination.encode()) % len(LOWER) == LOWER.index(params["backend"])
         if BF16_ISA not in (params.get("isa"), str(params.get("backend")).removeprefix("cpu-")):
             return True
         marked = item.get_closest_marker("bf16") is not None
