@@ -35,7 +35,8 @@ std::string reported(Body body) {
 struct Cases {
   int64_t count, first = 0;
 };
-inline Cases cases_of(int count, char** arguments, int64_t otherwise, [[maybe_unused]] int64_t under_tsan) {
+inline Cases cases_of(int count, char** arguments, [[maybe_unused]] int64_t otherwise,
+                      [[maybe_unused]] int64_t under_tsan) {
 #if defined(__SANITIZE_THREAD__)
   Cases cases{under_tsan};
 #else
