@@ -12,7 +12,9 @@ import gc
 import inspect
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from types import ModuleType
 
@@ -72,23 +74,28 @@ class Comparison:
     ratio: Summary
 
 
+def sampler(
+    step: Callable[[], object], context: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+) -> Callable[[int], float]:
+    """What `interleave` times: so many steps within a context, after one that is not counted."""
+
+    def sample(calls: int) -> float:
+        with context():
+            step()  # the exchange of functions leaves caches cold
+            start = perf_counter()
+            for _ in range(calls):
+                step()
+            return perf_counter() - start
+
+    return sample
+
+
 def compare(step: Callable[[], object], budget_s: float) -> Comparison:
     """Time `step` on both backends in turn within this process, then the peak of memory that each holds."""
 
-    def sampler(name: str) -> Callable[[int], float]:
-        def sample(calls: int) -> float:
-            with backend(name):
-                step()  # the exchange of functions leaves caches cold
-                start = perf_counter()
-                for _ in range(calls):
-                    step()
-                return perf_counter() - start
-
-        sample(1)
-        return sample
-
+    samplers = {name: sampler(step, partial(backend, name)) for name in BACKENDS}
     with quiet_gc():
-        timing = interleave({name: sampler(name) for name in BACKENDS}, Settings(budget_s=budget_s, min_rounds=5))
+        timing = interleave(samplers, Settings(budget_s=budget_s, min_rounds=5))
     peak: dict[str, int | None] = dict.fromkeys(BACKENDS)
     if not available():
         for name in BACKENDS:

@@ -280,7 +280,6 @@ def draw(run: Experiment, name: str, model: Captioner, batch: Batch) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser(__doc__.splitlines()[0])
-    options.add_argument("--steps", type=int, help="of training, for each model")
     chosen = options.parse_args(arguments)
     sizes = QUICK if chosen.quick else FULL
     steps = chosen.steps or sizes.steps

@@ -216,7 +216,6 @@ def draw_errors(run: Experiment, sizes: Sizes, errors: dict[str, list[float]], c
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser(__doc__.splitlines()[0])
     options.add_argument("--task", choices=("translated", "cluttered"), default="translated", help="clutter or not")
-    options.add_argument("--steps", type=int, help="of training, for each model")
     chosen = options.parse_args(arguments)
     sizes = QUICK if chosen.quick else FULL
     steps = chosen.steps or sizes.steps

@@ -14,15 +14,14 @@ import contextlib
 import math
 import platform
 import pydoc_data.topics
-import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from backends import backend
+from attnfast.benchmarks.measure import Settings, interleave
+from backends import backend, sampler
 from torch import Tensor, nn
 from training import Experiment, Trained, parser
 
@@ -144,21 +143,8 @@ def perplexity(model: nn.Module, text: Tensor, sizes: Sizes, most: int) -> float
     return math.exp(sum(total) / count)
 
 
-def interleaved(programs: dict[str, Any], rounds: int) -> dict[str, float]:
-    """Median seconds of each program, run in turn."""
-    samples: dict[str, list[float]] = {name: [] for name in programs}
-    for index in range(rounds + 1):
-        for name in list(programs) if index % 2 else reversed(programs):
-            start = time.perf_counter()
-            programs[name]()
-            if index:
-                samples[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in samples.items()}
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser(__doc__.splitlines()[0])
-    options.add_argument("--steps", type=int, help="of training, for each model")
     chosen = options.parse_args(arguments)
     sizes = QUICK if chosen.quick else FULL
     steps = chosen.steps or sizes.steps
@@ -235,7 +221,9 @@ def compare(
 
     ours = next(name for name in models if name != "torch")
     with backend(ours):
-        seconds = interleaved({name: partial(step, name) for name in models}, 2 if run.options.quick else 9)
+        settings = Settings(budget_s=0.2 if run.options.quick else 10.0)
+        timing = interleave({name: sampler(partial(step, name)) for name in models}, settings)
+    seconds = {name: timing.time(name).median for name in models}
     apart = [abs(a - b) for a, b in zip(trained[ours].losses, trained["torch"].losses)]
     what = "with the memory" if memory else "without the memory"
     run.text(

@@ -166,7 +166,6 @@ PARTS: dict[str, Callable[[Experiment], None]] = {
 def chosen(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser(__doc__.splitlines()[0])
     options.add_argument("--part", choices=PARTS, default="world", help="which of the tables")
-    options.add_argument("--steps", type=int, help="of training, for each model")
     options.add_argument("--statements", type=int, help="of part scale: the largest memory (default: a million)")
     return options.parse_args(arguments)
 

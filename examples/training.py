@@ -42,6 +42,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     options.add_argument("--quick", action="store_true", help="seconds instead of minutes: shows that everything runs")
     options.add_argument("--backend", choices=BACKENDS, default="attnfast", help="reference: unfused plain PyTorch")
     options.add_argument("--seed", type=int, default=1, help="of data, weights and dropout")
+    options.add_argument("--steps", type=int, help="of training, for each model; default: those of the script")
     options.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="for torch")
     options.add_argument("--out", type=Path, default=Path("example-results"), help="folder for all that is written")
     options.add_argument("--resume", action="store_true", help="continue from the checkpoints in that folder")

@@ -169,7 +169,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--task", choices=TASKS, default="en-fr", help="what to translate")
     options.add_argument("--models", nargs="+", choices=MODELS, metavar="MODEL", help=f"of {', '.join(MODELS)}")
     options.add_argument("--beam", type=int, default=4, help="hypotheses of the search")
-    options.add_argument("--steps", type=int, help="of training, for each model")
     chosen = options.parse_args(arguments)
     run = Experiment(f"translate-{chosen.task}", chosen, script="translate")
     task = TASKS[chosen.task](chosen.quick)
