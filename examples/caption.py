@@ -39,7 +39,7 @@ class Sizes:
     tested: int
 
 
-FULL = Sizes(channels=96, hidden=192, embedding=48, batch=64, steps=2500, tested=1000)
+FULL = Sizes(channels=48, hidden=128, embedding=48, batch=48, steps=800, tested=1000)
 QUICK = Sizes(channels=8, hidden=16, embedding=8, batch=8, steps=3, tested=12)
 
 

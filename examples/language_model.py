@@ -43,7 +43,7 @@ class Sizes:
     picks: int
 
 
-FULL = Sizes(size=192, heads=6, layers=4, context=384, batch=12, steps=360, keys=96, picks=16)
+FULL = Sizes(size=128, heads=4, layers=3, context=256, batch=8, steps=300, keys=64, picks=16)
 QUICK = Sizes(size=16, heads=2, layers=2, context=24, batch=2, steps=3, keys=6, picks=4)
 
 

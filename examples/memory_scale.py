@@ -150,7 +150,7 @@ def scale(run: Experiment) -> None:
     for count in sorted({min(count, most) for count in sizes.memories} | {most}):
         answered(run, sizes, model, count, results, last=count == most)
     rows = [
-        (name, f"{count:,}", read.candidates, read.index_ms, read.read_ms, 100 * read.right)
+        (name, f"{count:,}", f"{read.candidates:,.0f}", read.index_ms, read.read_ms, 100 * read.right)
         for name, reads in results.items() for count, read in reads.items()
     ]  # fmt: skip
     columns = ("candidates", "statements", "scored a question", "finding them, ms", "reading, ms", "right answers, %")

@@ -309,7 +309,7 @@ class _Log:
         if steps and path.exists():
             with path.open(newline="") as file:
                 kept = [row for row in list(csv.reader(file))[1:] if int(row[0]) <= steps]
-        self.file = path.open("w", newline="")
+        self.file = path.open("w", newline="", buffering=1)  # whoever watches a run sees each step
         self.writer = csv.writer(self.file)
         self.writer.writerow(self.COLUMNS)
         self.writer.writerows(kept)

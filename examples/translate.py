@@ -53,7 +53,7 @@ class Sizes:
 
 SIZES = {
     "quick": Sizes(8, 16, 2, 1, 0.0, 8, 3, 1e-3),
-    "numbers": Sizes(64, 192, 4, 3, 0.1, 64, 900, 2e-3),
+    "numbers": Sizes(64, 192, 4, 3, 0.1, 64, 300, 2e-3),
     "g2p": Sizes(128, 256, 4, 3, 0.2, 256, 2400, 2e-3),
 }
 
@@ -174,8 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     task = TASKS[chosen.task](chosen.quick)
     sizes = SIZES["quick" if chosen.quick else "g2p" if chosen.task == "g2p" else "numbers"]
     steps = chosen.steps or sizes.steps
-    default = ("mapped", "bahdanau", "luong-general", "transformer") if chosen.task == "g2p" else MODELS
-    names = chosen.models or default
+    names = chosen.models or ("mapped", "bahdanau", "luong-general", "luong-feeding", "transformer")
     run.text(
         f"{task.name}: {len(task.test)} test sources, {len(task.source_words)} and {len(task.target_words)} tokens;"
         f" {steps} steps of {sizes.batch} pairs, beam {chosen.beam}."
