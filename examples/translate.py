@@ -35,6 +35,7 @@ LUONG = {  # name: score, local, input feeding
     "luong-feeding": ("general", None, True),
 }
 MODELS = (*FIXED, "bahdanau", *LUONG, "transformer")
+SOME = ("mapped", "bahdanau", "luong-general", "luong-feeding", "transformer")  # without --models
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Sizes:
 SIZES = {
     "quick": Sizes(8, 16, 2, 1, 0.0, 8, 3, 1e-3),
     "numbers": Sizes(64, 192, 4, 3, 0.1, 64, 300, 2e-3),
-    "g2p": Sizes(128, 256, 4, 3, 0.2, 256, 2400, 2e-3),
+    "g2p": Sizes(128, 256, 4, 3, 0.2, 128, 900, 2e-3),
 }
 
 
@@ -174,7 +175,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     task = TASKS[chosen.task](chosen.quick)
     sizes = SIZES["quick" if chosen.quick else "g2p" if chosen.task == "g2p" else "numbers"]
     steps = chosen.steps or sizes.steps
-    names = chosen.models or ("mapped", "bahdanau", "luong-general", "luong-feeding", "transformer")
+    default = ("mapped", "luong-general") if chosen.task == "g2p" else SOME
+    names = chosen.models or default
     run.text(
         f"{task.name}: {len(task.test)} test sources, {len(task.source_words)} and {len(task.target_words)} tokens;"
         f" {steps} steps of {sizes.batch} pairs, beam {chosen.beam}."
