@@ -1,7 +1,8 @@
 """The copy task of neural Turing machines: read a sequence of random bits, then write it from memory, also longer ones.
 
-Graves, Wayne and Danihelka (2014, section 4.1): training sequences have 1 to 20 vectors of 8 bits, here 1
-to 10; what was learnt is then tried on up to six times that length. Beside the NTM, with one reading and one writing head, stands an LSTM.
+Graves, Wayne and Danihelka (2014, section 4.1) train on sequences of 1 to 20 vectors of 8 bits, this script on 1 to 10;
+what was learnt is then tried on up to six times that length. Beside the NTM, with one reading and one writing head,
+stands an LSTM.
 
     python examples/copy_task.py
 """
