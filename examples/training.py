@@ -211,7 +211,7 @@ class Experiment:
 
     def finish(self) -> Path:
         """Write ``results.md`` and say where it is; with ``--publish`` also to docs/results."""
-        options = {key: value for key, value in vars(self.options).items() if key not in {"out", "publish", "resume"}}
+        options = {key: value for key, value in vars(self.options).items() if key not in {"out", "publish"}}
         flags = " ".join(_flag(key, value) for key, value in options.items() if value not in (None, False))
         where = self.environment
         head = [
