@@ -54,6 +54,7 @@ def bits(x: float) -> int:
 
 Fact = int | tuple[int, ...]
 _WIDTH = 9  # numbers of a fact: how many, and up to eight
+FACT_BYTES = 8 * _WIDTH
 
 
 def agree(

@@ -269,6 +269,10 @@ class Plan(NamedTuple):
     def blocks(self, source: int) -> Block | None:
         return block(self.rank, source, self.layout, self.causal)
 
+    def copies(self, part: int | None) -> bool:
+        """Whether `half` is a copy."""
+        return part is not None and self.offsets is not None
+
     def half(self, x: Tensor, part: int | None) -> Tensor:
         """The tokens of a part, ``[B, H, tokens, D]``: a view, or for packed shards a copy."""
         if part is None:
@@ -295,6 +299,14 @@ class Plan(NamedTuple):
             self.half(x, part).copy_(value)
         else:
             x.index_copy_(2, self.rows(part), value)
+
+    def add(self, x: Tensor, part: int | None, value: Tensor) -> None:
+        """Add to the tokens of a part, in place."""
+        if part is None or not self.copies(part):
+            half = self.half(x, part)
+            half += value
+        else:
+            x.index_add_(2, self.rows(part), value.to(x.dtype))
 
     def options_of(self, found: Block, source: int, keys: int) -> DotAttentionOptions:
         """The core's options for one block."""
@@ -366,14 +378,14 @@ class RingAttention(Function):
                 rows, gl = (_rows(plan, x, found.queries) for x in (lse, grad_lse))
                 options = plan.options_of(found, source, k.shape[2])
                 grads = _backward(go, gl, q, k, v, weight, score_bias, o, rows, options)
-                plan.write(grad_query, found.queries, plan.half(grad_query, found.queries) + grads[0])
-                for total, grad in zip(own, grads[3:]):
-                    total += grad
+                plan.add(grad_query, found.queries, grads[0])
+                for at, total in enumerate(own):
+                    total += grads[3 + at]
             if travelling is not None:
                 sums_kv.buffer = travelling.wait()
             if found is not None:
-                for total, grad in zip(sums_kv.parts(), grads[1:3]):
-                    plan.write(total, found.keys, plan.half(total, found.keys) + grad)
+                for at, total in enumerate(sums_kv.parts()):
+                    plan.add(total, found.keys, grads[1 + at])
             if transfer is not None:
                 packet.buffer = transfer.wait()
         if plan.ranks > 1:
@@ -408,7 +420,10 @@ def _merge(plan: Plan, found: Block, out: Tensor, lse: Tensor, part: Tensor, par
     new_lse = torch.logaddexp2(old_lse, part_lse)
     nothing = new_lse == -torch.inf  # neither has seen a key: 0, and not the NaN of inf - inf
     share, part_share = ((x - new_lse).exp2().masked_fill(nothing, 0) for x in (old_lse, part_lse))
-    plan.write(out, found.queries, old_out * share + part * part_share)
+    old_out *= share  # in place, which leaves one output less to hold
+    old_out += part.mul_(part_share) if part.dtype is old_out.dtype else part * part_share
+    if plan.copies(found.queries):
+        plan.write(out, found.queries, old_out)
     plan.write(lse.unsqueeze(-1), found.queries, new_lse)
 
 
