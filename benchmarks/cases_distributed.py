@@ -202,6 +202,8 @@ def read(rank: int, ranks: int, case: ReadCase, rounds: int) -> dict[str, dict[s
     formula = formulas.Read(ranks, case.slots, case.queries, case.picks, case.size, case.size, 4, 4, elsewhere, served)
     kind = "best" if case.picks else "soft"
     found["sent_formula"] = getattr(formula, f"{case.placement}_{kind}")()
+    if case.placement == "columns":
+        found["peak_formula_mib"] = formula.columns_peak() / 2**20
     return {FORWARD: {**found, "waited_ms": None}}
 
 

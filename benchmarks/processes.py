@@ -93,6 +93,11 @@ def child_main(
     sender.close()
 
 
+def call(rank: int, ranks: int, module: str, function: str, *args: Any) -> Any:
+    """A function of a module that lies elsewhere, for `run_ranks`."""
+    return getattr(importlib.import_module(module), function)(rank, ranks, *args)
+
+
 def _bytes(value: int | None) -> str:
     return "-" if value is None else f"{value:,}".replace(",", " ")
 

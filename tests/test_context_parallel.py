@@ -184,7 +184,7 @@ def order(rank: int, ranks: int) -> tuple[list[str], list[str]]:
     arrived, which nobody has waited for: so it travels while this rank computes."""
     import torch.distributed as dist
 
-    from attnfast.distributed import context_parallel as module
+    from attnfast.distributed import _ring as module
 
     events: list[str] = []
     arriving: list[Tensor] = []

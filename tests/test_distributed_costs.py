@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import ranks as processes
 import torch
@@ -93,9 +91,9 @@ def test_rows_cost_the_same_for_any_number_of_slots_and_columns_do_not() -> None
 def test_the_benchmark_shows_counts_beside_formulas(ranks: int) -> None:
     """Sockets carry headers beside the payload. Memory is held in pages, and gloo has some of its own."""
     cases = load_benchmarks("cases_distributed")
-    found = cases.rows(cases.RingCase("ring", ranks, causal=False, tokens=1024 * ranks, heads=6, kv_heads=6), 1)
-    found += cases.rows(cases.ReadCase("columns", ranks, "columns", 32, slots=1 << 15), 1)
-    found += cases.rows(cases.ReadCase("rows", ranks, "rows", 32, slots=1 << 15), 1)
+    found = cases.rows(cases.RingCase("ring", ranks, causal=False, tokens=512 * ranks, heads=6, kv_heads=6), 1)
+    found += cases.rows(cases.ReadCase("columns", ranks, "columns", 32, slots=1 << 14), 1)
+    found += cases.rows(cases.ReadCase("rows", ranks, "rows", 32, slots=1 << 14), 1)
     assert [row.pass_ for row in found] == ["forward", "backward", "forward", "forward"]
     for row in found:
         assert row.status == "ok" and row.ranks == ranks, row.note
@@ -103,9 +101,9 @@ def test_the_benchmark_shows_counts_beside_formulas(ranks: int) -> None:
         if row.wire_bytes is not None:
             assert row.sent_bytes <= row.wire_bytes <= 1.02 * row.sent_bytes + 8192, row.case
         assert row.time_ms > 0 and (row.case != "ring" or row.waited_ms <= row.time_ms)
-    for row in found[:2]:
+    for row in found[:3]:
         if row.peak_extra_mib is not None:
-            assert 0.9 * row.peak_formula_mib <= row.peak_extra_mib <= 1.1 * row.peak_formula_mib + 1, row.pass_
+            assert 0.85 * row.peak_formula_mib <= row.peak_extra_mib <= 1.1 * row.peak_formula_mib + 1.5, row.case
     found[0].sent_bytes += 1
     console = load_benchmarks("report").make_console()
     with console.capture() as capture:

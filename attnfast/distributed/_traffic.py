@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from attnfast.distributed._columns import BLOCK_BYTES
 from attnfast.distributed._group import FACT_BYTES
 
 _SLOT = 8  # int64
@@ -52,11 +53,13 @@ class Ring(NamedTuple):
         return sets + rows * self.value_size * (self.real + block) + 7 * rows * self.real
 
     def peak_backward(self) -> int:
-        """Two sets of keys and values and of their sums, the query's sum, and a block's three gradients."""
+        """Two sets of keys and values and of their sums, the query's sum, and a block's three gradients.
+
+        Of two ranks' only the sums are ever there twice at a time, and alone a rank has one set of each.
+        """
         query = self.batch * self.heads * self.queries * self.head_size
-        sets = min(self.ranks, 2)
-        sums = sets * self.key_value_elements() * (self.width + self.real) + query * self.real
-        return sums + (query + self.key_value_elements()) * self.width
+        sets = (2 if self.ranks > 2 else 1) * self.width + min(self.ranks, 2) * self.real
+        return self.key_value_elements() * (sets + self.width) + query * (self.real + self.width)
 
 
 class Read(NamedTuple):
@@ -108,6 +111,12 @@ class Read(NamedTuple):
         picks = self.queries * self.picks * (self.real + _SLOT + (self.real if recorded else 0))
         slices = self.queries * (keys + values) * self.width
         return self.agreement() + self.others * (scores + picks + slices)
+
+    def columns_peak(self, block_bytes: int = BLOCK_BYTES) -> int:
+        """Parts of a block's scores, those that arrive, and their sum before and after a part is added to it."""
+        parts = self.ranks * self.queries * self.real
+        block = min(self.slots, max(1, block_bytes // parts)) if self.picks else self.slots
+        return 2 * (parts + self.queries * self.real) * block
 
     def columns_best_backward(self) -> int:
         """Gradients of the slices, and parts of those of the weights and of the scores that were picked."""
