@@ -99,7 +99,7 @@ class _Waits:
             finally:
                 self.seconds += time.perf_counter() - start
 
-        Transfer.wait = wait  # type: ignore[method-assign]
+        Transfer.wait = wait  # type: ignore[method-assign, assignment]
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -171,7 +171,7 @@ def ring(rank: int, ranks: int, case: RingCase, rounds: int) -> dict[str, dict[s
         times = []
         for _ in range(rounds):
             dist.barrier()
-            line = _group.Ring(dist.group.WORLD, "exchange")
+            line = _group.Ring(_group.resolve(None), "exchange")
             start = time.perf_counter()
             for _ in range(steps):
                 line.start(packet).wait()

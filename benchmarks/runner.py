@@ -248,8 +248,7 @@ class Run:
         for case in self.plan.cases("distributed"):
             self.advance(f"distributed: {case.name}")
             rows = cases_distributed.rows(case, 2 if self.plan.quick else 5)
-            environment = {**self._environment, "quick": self.plan.quick}
-            self.rows.extend(dataclasses.replace(row, **environment) for row in rows)
+            self.rows.extend(dataclasses.replace(row, quick=self.plan.quick, **self._environment) for row in rows)
 
     # ------------------------------------------------------------------ model
 
