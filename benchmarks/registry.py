@@ -69,6 +69,14 @@ SUITES = {
             memory=False,
             yardsticks=False,
         ),
+        Suite(
+            "distributed",
+            "Several processes: traffic, memory, waiting",
+            default=False,
+            compared=False,
+            memory=False,
+            yardsticks=False,
+        ),
         Suite("model", "A transformer encoder on scikit-learn's digits"),
     )
 }
@@ -216,6 +224,7 @@ def _load() -> None:
     from . import (  # noqa: F401
         cases_accuracy,
         cases_additive,
+        cases_distributed,
         cases_dot,
         cases_functions,
         cases_gather,

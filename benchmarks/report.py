@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .masks import print_masks
+from .processes import print_processes
 from .registry import BACKWARD, BOTH, EAGER, FORWARD, OURS, SUITES, TORCH
 from .results import OK, Row
 from .scaling import print_scaling
@@ -178,6 +179,7 @@ def print_report(rows: list[Row], console: Console) -> None:
     print_sweep(rows, console)
     print_masks(rows, console)
     print_scaling(rows, console)
+    print_processes(rows, console)
     for suite in dict.fromkeys(row.suite for row in rows if SUITES[row.suite].compared):
         chosen = [row for row in rows if row.suite == suite]
         console.print(_suite_table(suite, chosen))

@@ -48,6 +48,13 @@ class Row:
     of_stream: float | None = None  # one query: share of the rate at which its keys and values can be read once
     over_one_thread: float | None = None  # attnfast with one thread over this row's time, in the same rounds
     tiles: float | None = None  # suite "masks": share of tiles that the mask leaves
+    ranks: int | None = None  # suite "distributed": processes; what follows is that of the rank that has most of it
+    waited_ms: float | None = None  # for what other ranks send
+    alone_ms: float | None = None  # the same exchanges with nothing to compute meanwhile
+    sent_bytes: int | None = None  # handed to torch.distributed for other ranks
+    sent_formula: int | None = None
+    wire_bytes: int | None = None  # that left the process's sockets
+    peak_formula_mib: float | None = None
     machine: str = ""
     cpu: str = ""
     isa: str = ""

@@ -49,8 +49,10 @@ class Plan:
 
     def total(self) -> int:
         """Steps of the progress bar: one for each pass at each number of threads."""
-        attention = sum(len(self.passes(case)) for suite in self.suites for case in self.cases(suite))
-        return (attention + ("model" in self.suites and not self.case)) * len(self.threads)
+        chosen = [suite for suite in self.suites if suite != "distributed"]
+        ranks = sum(len(self.cases(suite)) for suite in self.suites if suite == "distributed")
+        attention = sum(len(self.passes(case)) for suite in chosen for case in self.cases(suite))
+        return ranks + (attention + ("model" in self.suites and not self.case)) * len(self.threads)
 
 
 @dataclass
@@ -82,6 +84,8 @@ class Run:
             if suite == "model":
                 if not self.plan.case:
                     self._model()
+            elif suite == "distributed":
+                self._ranks()
             else:
                 for case in self.plan.cases(suite):
                     if registry.SUITES[suite].hurried and self._late(_QUICK_STOP):
@@ -234,6 +238,17 @@ class Run:
             size, reason = known[key]
             row.peak_extra_mib = None if size is None else size / 2**20
             row.note = row.note or (f"memory: {reason}" if reason else "")
+
+    # ------------------------------------------------------------------ several processes
+
+    def _ranks(self) -> None:
+        """Every process has one thread, whatever the plan's numbers of threads are."""
+        from . import cases_distributed
+
+        for case in self.plan.cases("distributed"):
+            self.advance(f"distributed: {case.name}")
+            rows = cases_distributed.rows(case, 2 if self.plan.quick else 5)
+            self.rows.extend(dataclasses.replace(row, quick=self.plan.quick, **self._environment) for row in rows)
 
     # ------------------------------------------------------------------ model
 

@@ -2,6 +2,9 @@
 
 `function` lies at the top of a module and gets ``(rank, ranks, *args)`` in a process that belongs to a group of that
 size. What it returns comes back, by rank; what it raises is raised here with its rank (`outcomes` returns either).
+
+A server that has imported torch and attnfast, and has computed nothing, forks the processes: importing both anew would
+cost each of them seconds.
 """
 
 from __future__ import annotations
@@ -22,12 +25,15 @@ TIMEOUT = 120.0
 
 def outcomes(ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[tuple[str, Any]]:
     """("result", value), ("error", text) or ("died", exit status) of each rank; `timeout` is that of the group."""
-    context = multiprocessing.get_context("spawn")
+    import attnfast
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "attnfast.distributed"])
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(ranks):
             receiver, sender = context.Pipe(duplex=False)
-            arguments = (sender, function, rank, ranks, folder, timeout, args, sys.path)
+            arguments = (sender, function, rank, ranks, folder, timeout, args, sys.path, attnfast.__file__)
             process = context.Process(target=_main, args=arguments, daemon=True)
             process.start()
             sender.close()
@@ -59,14 +65,17 @@ def run(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
 
 
 def _main(sender: Any, function: Callable[..., Any], rank: int, ranks: int, folder: str, timeout: float, args: Any,
-          path: list[str]) -> None:  # fmt: skip
+          path: list[str], package: str) -> None:  # fmt: skip
     sys.path[:] = path
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     import torch
     import torch.distributed as dist
 
+    import attnfast
+
     torch.set_num_threads(1)
     try:
+        assert attnfast.__file__ == package, f"the server imported {attnfast.__file__}, the test {package}"
         store = dist.FileStore(str(Path(folder) / "store"), ranks)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout))
         # As bytes: tensors would travel as handles, which end with their process.

@@ -243,6 +243,7 @@ def test_required_cases_are_there() -> None:
         "gpu",
         "store",
         "modules",
+        "distributed",
         "model",
     )
     assert registry.default_suites() == ("dot", "additive", "topk", "threads", "masks", "overhead", "model")

@@ -179,6 +179,67 @@ def twice(rank: int, ranks: int, names: list[str]) -> dict[str, list[Tensor]]:
     return results[0]
 
 
+def order(rank: int, ranks: int) -> tuple[list[str], list[str]]:
+    """What a rank does in turn, forward and backward. A block's computation ends only when all that is on its way has
+    arrived, which nobody has waited for: so it travels while this rank computes."""
+    import torch.distributed as dist
+
+    from attnfast.distributed import _ring as module
+
+    events: list[str] = []
+    arriving: list[Tensor] = []
+    post, forward, backward = dist.batch_isend_irecv, module._forward, module._backward
+
+    def posting(operations: list[Any]) -> list[Any]:
+        incoming = next(operation.tensor for operation in operations if operation.op is dist.irecv)
+        incoming.fill_(torch.nan)
+        arriving.append(incoming)
+        events.append("post")
+        works = post(operations)
+        original = works[-1].wait
+
+        class Work:
+            def wait(self) -> None:
+                events.append("wait")
+                original()
+                arriving[:] = [x for x in arriving if x is not incoming]
+
+        return [*works[:-1], Work()]
+
+    def computing(compute: Any) -> Any:
+        def call(*args: Any) -> Any:
+            result = compute(*args)
+            end = time.monotonic() + 20
+            while any(bool(x.isnan().any()) for x in arriving):
+                assert time.monotonic() < end, "what was sent does not arrive while this rank computes"
+                time.sleep(0.001)
+            events.append("compute")
+            return result
+
+        return call
+
+    dist.batch_isend_irecv = posting
+    module._forward, module._backward = computing(forward), computing(backward)
+    try:
+        x = torch.randn(1, 2, 16, 4, requires_grad=True)
+        out = context_parallel_attention(x, x, x, causal=True)
+        first, events = events, []
+        out.sum().backward()
+    finally:
+        dist.batch_isend_irecv = post
+        module._forward, module._backward = forward, backward
+    return first, events
+
+
+def test_keys_travel_while_a_rank_computes() -> None:
+    """Posted before a block is computed, waited for after it; sums of gradients likewise, and once more to get home."""
+    step, sums = ["post", "compute", "wait"], ["post", "post", "compute", "wait", "wait"]
+    for ranks in (2, 4):
+        for forward, backward in processes.run(ranks, order):
+            assert forward == step * (ranks - 1) + ["compute"]
+            assert backward == step + sums * (ranks - 2) + step + ["post", "wait"]
+
+
 DIFFERENT: dict[str, tuple[dict[str, Any], str]] = {  # what rank 1 has in place of the others' options, and the message
     "dtype": (
         {"dtype": F64},

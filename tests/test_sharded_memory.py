@@ -11,7 +11,7 @@ from torch import Tensor
 
 import attnfast
 from attnfast.distributed import ShardedMemory
-from attnfast.distributed.sharded_memory import best_of
+from attnfast.distributed._picks import best_of
 
 F64 = torch.float64
 N, D, D_V, B = 37, 6, 5, 8  # 37 is no multiple of 2 or 4
@@ -105,7 +105,12 @@ def gradients(rank: int, ranks: int, topk: int | None) -> list[Tensor]:
     assert query.grad is not None and memory.keys.grad is not None and memory.values.grad is not None
     if topk is not None:
         assert memory.keys.grad.is_sparse and memory.values.grad.is_sparse
-        assert 0 < memory.values.grad._nnz() <= len(memory.valid)  # one row a slot
+        rows = [table.grad.coalesce().indices()[0] for table in (memory.keys, memory.values)]
+        assert memory.values.grad._nnz() == len(rows[1]) and torch.equal(*rows)  # one row a slot
+        usage = memory(query, topk=topk, scale=0.7, return_aux=True).usage
+        assert torch.equal(rows[1], usage.nonzero().flatten()) and len(rows[1]) < len(
+            usage
+        )  # of those that were picked
     return [query.grad, memory.keys.grad.to_dense(), memory.values.grad.to_dense()]
 
 
@@ -199,7 +204,7 @@ def test_bad_arguments_are_errors_on_all_ranks() -> None:
         "slots: expected 0 to 3, got [4]",
         "keys: expected at most 4 rows of all ranks together, got 10",
         "slots given: expected the same on every rank, got 0 on rank 0 and 1 on rank 1",
-        "placement: expected 'rows', got 'diagonal'",
+        "placement: expected 'rows' or 'columns', got 'diagonal'",
         "capacity: expected an integer > 0, got 0",
     ]
     assert first[:-1] == second[:-1] == wanted

@@ -43,3 +43,8 @@ def load_benchmarks(module: str = "") -> ModuleType:
 def run_in_child(*args: Any) -> None:
     """Target of a forked measuring process; named here because this module can always be imported by name."""
     load_benchmarks("memory").child_main(*args)
+
+
+def run_in_rank(*args: Any) -> None:
+    """The same of one process of several, which belong to a group."""
+    load_benchmarks("processes").child_main(*args)

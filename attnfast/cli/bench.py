@@ -56,8 +56,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         action="append",
         metavar="NAME",
         help="dot, additive, topk, threads, masks, overhead, model, functions (each public function once), accuracy, "
-        "gather, pkm, store, modules (a minute or less each), sweep (T by D, ten minutes) or scaling (time and memory "
-        "by T, minutes); repeatable (default: all but the last seven; on a GPU dot and gpu)",
+        "gather, pkm, store, modules, distributed (2 and 4 processes; a minute or less each), sweep (T by D, ten "
+        "minutes) or scaling (time and memory by T, minutes); repeatable (default: all but the last eight; on a GPU "
+        "dot and gpu)",
     )
     parser.add_argument("--case", default="", metavar="TEXT", help="only cases whose name contains TEXT")
     parser.add_argument("--quick", action="store_true", help="fewer cases and rounds: less than two minutes")

@@ -54,6 +54,7 @@ def bits(x: float) -> int:
 
 Fact = int | tuple[int, ...]
 _WIDTH = 9  # numbers of a fact: how many, and up to eight
+FACT_BYTES = 8 * _WIDTH
 
 
 def agree(
@@ -132,14 +133,16 @@ class Transfer:
     """One exchange under way; holds both buffers until it has ended."""
 
     def __init__(self, ring: Ring, works: list[dist.Work], outgoing: Tensor, incoming: Tensor) -> None:
-        self.ring, self.works, self.outgoing, self.incoming = ring, works, outgoing, incoming
+        self.ring, self.works, self.buffers = ring, works, [outgoing, incoming]
 
     def wait(self, timeout: timedelta | None = None) -> Tensor:
-        """What the rank before sent."""
+        """What the rank before sent; to be called once."""
         with contact(self.ring.group, self.ring.doing):
             for work in self.works:
                 if timeout is None:
                     work.wait()
                 else:
                     work.wait(timeout)
-        return self.incoming
+        incoming = self.buffers.pop()
+        self.works, self.buffers = [], []
+        return incoming

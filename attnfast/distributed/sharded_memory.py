@@ -7,7 +7,7 @@ and a stable sort chooses among P k pairs. The rows that were chosen are fetched
 
     queries  P B D, pairs P B k (score, slot), rows B k D_v (and B k D where there is a gradient of the choice)
 
-elements a rank, for B queries of each.
+elements a rank, for B queries of each. Placement "columns" is _columns.py.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import Function, once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from attnfast import _validate as check
 from attnfast._gather import weighted_gather
 from attnfast._memory import topk_scores
 from attnfast._reference_normalizers import normalize
+from attnfast.distributed._columns import Columns, columns_of
 from attnfast.distributed._group import DTYPES, Group, agree, bits, resolve
+from attnfast.distributed._picks import Picked, best_of
 from attnfast.distributed._routing import Routing, gather, swap
 from attnfast.functional import attention
 from attnfast.reference import MemoryReadOutput, real_dtype
@@ -34,7 +35,7 @@ FACTS = ("query shape", "dtype", "topk", "scale", "requires_grad")
 
 
 class ShardedMemory(nn.Module):
-    r"""A memory of `capacity` slots over the ranks of a group, rows of both tables sharded.
+    r"""A memory of `capacity` slots over the ranks of a group, rows or columns of both tables sharded.
 
     Calling it is :meth:`read`. Every rank must make the same calls in the same order, each with its own queries and
     rows.
@@ -43,27 +44,32 @@ class ShardedMemory(nn.Module):
     ----------
     mesh : DeviceMesh or ProcessGroup, optional
         One-dimensional. Default: all processes.
-    placement : {"rows"}
-        What is sharded.
+    placement : {"rows", "columns"}
+        What is sharded. By rows traffic does not depend on N and a top-k read has one process's bits. By columns every
+        rank has all slots, so that none of them serves more picks than another, and sends a part of every score: 4 N
+        bytes (8 in float64) for each query and other rank.
     capacity : int
         N, the number of slots.
     key_size, value_size : int
-        D and D_v.
+        D and D_v; by columns at least P.
     trainable : bool
         Whether the tables are parameters (drawn from N(0, 1 / D) and N(0, 1 / D_v), every slot valid) or buffers that
-        `write` fills. Their gradients are sparse and local: a rank sees those of its own rows only, from the queries of
-        all ranks. Do not reduce them over ranks.
+        `write` fills. Their gradients are local, and after a top-k read sparse: a rank sees those of its own rows or
+        columns only, from the queries of all ranks. Do not reduce them over ranks.
     dtype, device
         Of the tables.
 
     Attributes
     ----------
     keys, values : Tensor
-        This rank's rows, ``[n_r, D]`` and ``[n_r, D_v]``, n_r <= n.
+        This rank's rows, ``[n_r, D]`` and ``[n_r, D_v]``, n_r <= n; by columns ``[N, d]`` and ``[N, d_v]``, about
+        D / P and D_v / P columns.
     valid : Tensor
-        ``[n_r]`` bool.
+        ``[n_r]`` bool; by columns ``[N]``, the same on every rank.
     first : int
-        The slot of this rank's first row.
+        The slot of this rank's first row; by columns 0.
+    key_columns, value_columns : range
+        This rank's columns.
 
     Examples
     --------
@@ -87,8 +93,8 @@ class ShardedMemory(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        if placement != "rows":
-            raise ValueError(f"placement: expected 'rows', got {placement!r}")
+        if placement not in ("rows", "columns"):
+            raise ValueError(f"placement: expected 'rows' or 'columns', got {placement!r}")
         for name, size in (("capacity", capacity), ("key_size", key_size), ("value_size", value_size)):
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name}: expected an integer > 0, got {size!r}")
@@ -101,11 +107,22 @@ class ShardedMemory(nn.Module):
         self.group = resolve(mesh)
         self.rank, self.ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.capacity, self.key_size, self.value_size, self.trainable = capacity, key_size, value_size, trainable
-        self.rows_of_rank = -(-capacity // self.ranks)
-        self.first = min(self.rank * self.rows_of_rank, capacity)
+        self.placement = placement
+        if placement == "rows":
+            self.rows_of_rank = -(-capacity // self.ranks)
+            self.first = min(self.rank * self.rows_of_rank, capacity)
+            self.key_columns, self.value_columns = range(key_size), range(value_size)
+        else:
+            for name, size in (("key_size", key_size), ("value_size", value_size)):
+                if size < self.ranks:
+                    raise ValueError(f"{name}: expected at least {self.ranks} columns for as many ranks, got {size}")
+            self.rows_of_rank, self.first = capacity, 0
+            self.key_columns, self.value_columns = (
+                columns_of(size, self.rank, self.ranks) for size in (key_size, value_size)
+            )
         count = min(self.first + self.rows_of_rank, capacity) - self.first
-        keys = torch.zeros(count, key_size, dtype=dtype, device=device)
-        values = torch.zeros(count, value_size, dtype=dtype, device=device)
+        keys = torch.zeros(count, len(self.key_columns), dtype=dtype, device=device)
+        values = torch.zeros(count, len(self.value_columns), dtype=dtype, device=device)
         if trainable:
             self.keys: Tensor = nn.Parameter(keys)
             self.values: Tensor = nn.Parameter(values)
@@ -161,9 +178,13 @@ class ShardedMemory(nn.Module):
             begin = int(self.position) + sum(counts[: self.rank])
             slots = torch.arange(begin, begin + count, device=self.valid.device) % self.capacity
             self.position.fill_((int(self.position) + sum(counts)) % self.capacity)
-        routing = Routing(slots // self.rows_of_rank, self.group, f"{NAME}.write")
-        places = routing.there(slots) - self.first
-        new = [routing.there(x.to(self.keys.dtype)) for x in (keys, values)]
+        tables = [x.to(self.keys.dtype) for x in (keys, values)]
+        if self.placement == "columns":
+            places, new = self._columns(f"{NAME}.write").routes(slots, tables)
+        else:
+            routing = Routing(slots // self.rows_of_rank, self.group, f"{NAME}.write")
+            places = routing.there(slots) - self.first
+            new = [routing.there(x) for x in tables]
         # index_copy_ with a slot twice leaves either: only the last row of each may write.
         last = torch.full_like(self.valid, -1, dtype=torch.int64)
         last.scatter_reduce_(0, places, torch.arange(len(places), device=places.device), "amax")
@@ -199,8 +220,10 @@ class ShardedMemory(nn.Module):
         -------
         Tensor or MemoryReadOutput
             ``[..., D_v]``. A top-k read has the bits of one process that holds all rows and asks all ranks' queries in
-            the order of ranks; a soft read is merged from P partial reads, and differs from it by rounding. A query for
-            which no slot is valid gets 0.
+            the order of ranks; a soft read is merged from P partial reads, and differs from it by rounding. By columns
+            scores are sums of P parts, in the order of ranks: they differ by rounding, so that slots whose scores are
+            that near to one another may change places; where all sums are exact (small integers) the bits are one
+            process's again. Of equal sums the lowest slot comes first. A query for which no slot is valid gets 0.
         """
         doing = f"{NAME}.read"
         facts: dict[str, Any] | Exception
@@ -211,13 +234,22 @@ class ShardedMemory(nn.Module):
         agree(self.group, doing, FACTS, facts, self.valid.device)
         leading = query.shape[:-1]
         flat = query.reshape(-1, self.key_size)
+        tables = self.keys, self.values, self.valid
         if topk is None:
-            return self._soft(flat, scale, doing).reshape(*leading, self.value_size)
-        out, slots, weights, usage = self._best(flat, topk, scale, doing)
+            by_rows = self.placement == "rows"
+            soft = self._soft(flat, scale, doing) if by_rows else self._columns(doing).soft(flat, *tables, scale)
+            return soft.reshape(*leading, self.value_size)
+        if self.placement == "rows":
+            out, slots, weights, usage = self._best(flat, topk, scale, doing)
+        else:
+            out, slots, weights, usage = self._columns(doing).best(flat, *tables, topk, scale)
         out = out.reshape(*leading, self.value_size)
         if not return_aux:
             return out
         return MemoryReadOutput(out, slots.reshape(*leading, topk), weights.reshape(*leading, topk), usage)
+
+    def _columns(self, doing: str) -> Columns:
+        return Columns(self.group, self.rank, self.ranks, (self.key_size, self.value_size), doing)
 
     def _soft(self, query: Tensor, scale: float, doing: str) -> Tensor:
         """Partial reads and their log-sum-exps, merged where they were asked for."""
@@ -309,31 +341,6 @@ class ShardedMemory(nn.Module):
 
     def extra_repr(self) -> str:
         rows = f"[{self.first}, {self.first + len(self.valid)}) of {self.capacity} slots"
+        if self.placement == "columns":
+            rows = f"columns {self.key_columns} and {self.value_columns} of {self.capacity} slots"
         return f"{rows}, key_size={self.key_size}, value_size={self.value_size}, rank {self.rank} of {self.ranks}"
-
-
-def best_of(scores: Tensor, slots: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best of pairs ``[B, P k]`` that lie by slot where scores are equal; -1 is no pair, and comes last."""
-    order = (slots < 0).to(torch.int8).argsort(dim=-1, stable=True)
-    scores, slots = scores.gather(-1, order), slots.gather(-1, order)
-    order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
-    return scores.gather(-1, order), slots.gather(-1, order)
-
-
-class Picked(Function):
-    """Scores that are known, with the gradient of ``scale * query . rows``: ``[B, k]`` of ``[B, D]`` and ``[B, k,
-    D]``."""
-
-    @staticmethod
-    def forward(ctx: Any, scores: Tensor, query: Tensor, rows: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(query, rows)
-        ctx.scale = scale
-        return scores.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor, None]:
-        query, rows = ctx.saved_tensors
-        grad = grad * ctx.scale
-        grad_query = (grad.unsqueeze(1) @ rows.to(grad.dtype)).squeeze(1).to(query.dtype)
-        return None, grad_query, (grad.unsqueeze(-1) * query.unsqueeze(1).to(grad.dtype)).to(rows.dtype), None
