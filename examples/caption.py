@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from training import Experiment, parser
+from training import Experiment, one_cycle, parser
 
 from attnfast.nn import BahdanauAttention, HardAttention, ProjectedMemory
 
@@ -295,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in ("soft", "hard"):
         model = run.build(name, partial(Captioner, sizes, name == "hard"))
         optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.1, cycle_momentum=False)
+        schedule = one_cycle(optimizer, 2e-3, steps, 0.1)
 
         def step_loss(step: int, model: Captioner = model) -> Tensor:
             generator = run.generator("pictures", step)

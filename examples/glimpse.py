@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from training import Experiment, parser
+from training import Experiment, one_cycle, parser
 
 from attnfast.nn import GlimpseSensor
 
@@ -228,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def learn(label: str, model: nn.Module, rate: float = 1e-3) -> tuple[float, float]:
         optimizer = torch.optim.Adam(model.parameters(), lr=rate)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.1, cycle_momentum=False)
+        schedule = one_cycle(optimizer, rate, steps, 0.1)
 
         def step_loss(step: int) -> Tensor:
             generator = run.generator("canvas", step)

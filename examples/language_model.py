@@ -23,7 +23,7 @@ import torch
 from attnfast.benchmarks.measure import Settings, interleave
 from backends import backend, sampler
 from torch import Tensor, nn
-from training import Experiment, Trained, parser
+from training import Experiment, Trained, one_cycle, parser
 
 import attnfast
 from attnfast import reference
@@ -193,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def teach(run: Experiment, label: str, model: LanguageModel, text: Tensor, sizes: Sizes, steps: int) -> Trained:
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.1, cycle_momentum=False)
+    schedule = one_cycle(optimizer, 2e-3, steps, 0.1)
     return run.train(
         label, model, lambda step: loss_of(model, batch_of(text, sizes, run.generator("windows", step))), steps,
         optimizer, schedule=schedule, clip=1.0, save_every=max(1, steps // 3),

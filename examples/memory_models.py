@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from small_world import END, KNOWN, VOCABULARY, WORDS, Cast, Data, collate, numbers, stories
 from torch import Tensor, nn
-from training import Experiment, Trained
+from training import Experiment, Trained, one_cycle
 
 from attnfast.nn import (
     ContextBags,
@@ -239,7 +239,7 @@ def learn(
 ) -> Trained:  # fmt: skip
     """Train with Adam; the best of some validations is kept. For the first `linear` steps MemN2N has no softmax."""
     optimizer = torch.optim.Adam(model.parameters(), lr=rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.05, cycle_momentum=False)
+    schedule = one_cycle(optimizer, rate, steps, 0.05)
 
     def loss_of(step: int) -> Tensor:
         if isinstance(model, EndToEnd):

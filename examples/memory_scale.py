@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from training import Experiment
+from training import Experiment, one_cycle
 
 import attnfast
 from attnfast.memory import ClusterIndex, MemoryStore, WordIndex
@@ -140,7 +140,7 @@ def scale(run: Experiment) -> None:
     model = run.build("matcher", lambda: Matcher(language))
     steps = run.options.steps or sizes.steps
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, steps, pct_start=0.05, cycle_momentum=False)
+    schedule = one_cycle(optimizer, 1e-2, steps, 0.05)
     trained = run.train("matcher", model, lambda step: model.loss(run.generator("pairs", step)), steps, optimizer,
                         schedule=schedule, save_every=max(1, steps // 4))  # fmt: skip
     run.text(f"{language.vocabulary} words; embeddings of {sizes.size} numbers, learnt in {steps} steps,"

@@ -50,6 +50,17 @@ def parser(description: str) -> argparse.ArgumentParser:
     return options
 
 
+def one_cycle(
+    optimizer: torch.optim.Optimizer, rate: float, steps: int, warmup: float
+) -> torch.optim.lr_scheduler.OneCycleLR:
+    """The rate rises to `rate` in the share `warmup` of all steps, then falls to next to nothing, along cosines.
+
+    torch divides by ``warmup * steps - 1``: a training of few steps rises for two of them, or for as many as there are.
+    """
+    share = min(0.9, max(warmup, 2 / steps))
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=share, cycle_momentum=False)
+
+
 @dataclass
 class Trained:
     """What a training came to."""

@@ -17,7 +17,7 @@ import torch
 from sentences import PAD, Batch, Pair, Task, Text, numbers, pronunciations
 from seq2seq import Bahdanau, EncoderDecoder, FixedContext, Luong, Maker, Transformer, alignment, greedy, search
 from torch import Tensor, nn
-from training import Experiment, parser
+from training import Experiment, one_cycle, parser
 
 TASKS = {
     "en-de": lambda quick: numbers("de", quick),
@@ -186,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model = run.build(name, make(name, task, sizes))
         rate = sizes.rate / 2 if name == "transformer" else sizes.rate
         optimizer = torch.optim.Adam(model.parameters(), lr=rate, betas=(0.9, 0.98))
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.1, cycle_momentum=False)
+        schedule = one_cycle(optimizer, rate, steps, 0.1)
         smoothing = 0.1 if name == "transformer" else 0.0
 
         def step_loss(step: int, model: EncoderDecoder = model, smoothing: float = smoothing) -> Tensor:

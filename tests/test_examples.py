@@ -71,6 +71,25 @@ def rows(out: Path) -> list[list[str]]:
         return [row[:4] + row[5:] for row in csv.reader(file)]  # without seconds
 
 
+@pytest.mark.parametrize("warmup", [0.05, 0.1])
+def test_schedule_of_any_number_of_steps(warmup: float) -> None:
+    """OneCycleLR itself divides by 0 at 20 and at 10 steps."""
+    from training import one_cycle
+
+    for steps in (*range(1, 42), 200):
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+        schedule = one_cycle(optimizer, 1e-2, steps, warmup)
+        rates = []
+        for step in range(steps):
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            if step + 1 < steps:
+                schedule.step()
+        assert all(0 < rate <= 1e-2 * (1 + 1e-9) for rate in rates), (steps, rates)
+        assert steps < 3 or max(rates) > 0.9e-2, (steps, rates)
+        assert steps < 3 or rates[-1] < 1e-5, (steps, rates)
+
+
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
     whole, model, seen = train(tmp_path / "a", 12)
     with pytest.raises(KeyboardInterrupt):
