@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnfast import _additive, _explain_memory, _prepare, autograd, functional, ops, reference
+from attnfast import _additive, _cuda_ops, _explain_memory, _prepare, autograd, functional, ops, reference
 from attnfast import _explain_text as text
 from attnfast._ext import _C
 from attnfast._normalized import is_normalized
@@ -115,6 +115,8 @@ def _kernel(tensors: list[Any], options: DotAttentionOptions, need_lse: bool, ad
     arithmetic = text.arithmetic(query.dtype)
     if not all(text.is_readable(x) for x in (*tensors, *options[: ops.N_OPTION_TENSORS])):
         return [f"kernel: chosen when real tensors arrive (these carry none); ISA {text.isa()}, {arithmetic}"]
+    if query.is_cuda and not additive:
+        return _cuda_kernel(query, key, value)
     shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     mask, bias, bias2 = (None if x is None else x.expand(shape) for x in (options.mask, bias, bias2))
     alibi = options.alibi_slopes
@@ -140,6 +142,23 @@ def _kernel(tensors: list[Any], options: DotAttentionOptions, need_lse: bool, ad
     if options.weights_mode:
         lines.append(f"second pass: writes {_WEIGHTS[options.weights_mode]}, recomputing the scores")
     return lines + text.isa_lines()
+
+
+def _cuda_kernel(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
+    name = _cuda_ops.dot_attention_kernel(query.detach(), key.detach(), value.detach())
+    if "_mma" in name:
+        products = "float32 rounded to tf32" if query.dtype == torch.float32 else text.dtype_name(query.dtype)
+        return [f"kernel: {name}, on CUDA, products of {products} on tensor cores, sums in float32"]
+    lines = [f"kernel: {name}, on CUDA, {text.arithmetic(query.dtype)}"]
+    if query.dtype == torch.float32 and not _cuda_ops.allows_tf32():
+        lines.append("not tensor cores: torch.backends.cuda.matmul.fp32_precision does not allow tf32")
+    elif query.dtype != torch.float64:
+        of = 16 // query.element_size()
+        lines.append(
+            f"not tensor cores: they take D and D_v that are multiples of {of} up to 256, and rows without gaps that "
+            "start at multiples of 16 bytes"
+        )
+    return lines
 
 
 def _keeps_no_lse(fn: Callable[..., Any], args: Any, kwargs: Any) -> bool:

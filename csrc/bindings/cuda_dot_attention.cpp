@@ -21,8 +21,19 @@ py::object dot_attention_workspace(PyObject* const* items, Py_ssize_t given) {
   return py::int_(cuda::dot_attention_workspace(call.params));
 }
 
+py::object dot_attention_kernel(PyObject* const* items, Py_ssize_t given) {
+  ArgReader args("dot_attention_kernel", items, given, 4, kDevice);
+  const TensorView query = args.tensor("query");
+  const TensorView key = args.tensor("key");
+  const TensorView value = args.tensor("value");
+  CallOf<DotAttentionParams> call;
+  call.params.tf32 = args.integer("tf32") != 0;
+  call.set_inputs(query, key, value);
+  return py::str(cuda::dot_attention_kernel_name(call.params));
+}
+
 py::object dot_attention_fwd(PyObject* const* items, Py_ssize_t given) {
-  ArgReader args("dot_attention_fwd", items, given, 28, kDevice);
+  ArgReader args("dot_attention_fwd", items, given, 29, kDevice);
   const TensorView query = args.tensor("query");
   const TensorView key = args.tensor("key");
   const TensorView value = args.tensor("value");
@@ -32,6 +43,7 @@ py::object dot_attention_fwd(PyObject* const* items, Py_ssize_t given) {
   Modifiers modifiers;
   modifiers.read(args, call.params, &call.params.scale);
   const TensorView workspace = args.optional_tensor("workspace");
+  call.params.tf32 = args.integer("tf32") != 0;
 
   call.set_inputs(query, key, value);
   call.set_results(results);
@@ -47,7 +59,7 @@ py::object dot_attention_fwd(PyObject* const* items, Py_ssize_t given) {
 }
 
 py::object dot_attention_bwd(PyObject* const* items, Py_ssize_t given) {
-  ArgReader args("dot_attention_bwd", items, given, 38, kDevice);
+  ArgReader args("dot_attention_bwd", items, given, 39, kDevice);
   const TensorView grad_out = args.tensor("grad_out");
   const TensorView query = args.tensor("query");
   const TensorView key = args.tensor("key");
@@ -63,6 +75,7 @@ py::object dot_attention_bwd(PyObject* const* items, Py_ssize_t given) {
   Modifiers modifiers;
   modifiers.read(args, call.params, &call.params.scale);
   const int64_t threads = args.integer("threads");
+  call.params.tf32 = args.integer("tf32") != 0;
 
   DotAttentionParams& params = call.params;
   call.set_inputs(query, key, value);

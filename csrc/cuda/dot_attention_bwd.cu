@@ -133,14 +133,17 @@ const char* dot_attention_bwd_missing(const DotAttentionParams& p) {
   return nullptr;
 }
 
-const char* dot_attention_bwd_kernel_name(const DotAttentionParams& p) {
-  return dot_attention_mma_bwd_takes(p) ? "dot_attention_bwd_mma" : "dot_attention_bwd_fma";
+const char* dot_attention_bwd_kernel_name(const DotAttentionParams& params) {
+  const DotAttentionParams p = with_rounded_operands(params);
+  if (!dot_attention_mma_bwd_takes(p)) return "dot_attention_bwd_fma";
+  return p.query.dtype == DType::kTf32 ? "dot_attention_bwd_mma, as tf32" : "dot_attention_bwd_mma";
 }
 
-void dot_attention_bwd(const DotAttentionParams& p, void* stream) {
-  if (const char* missing = dot_attention_bwd_missing(p)) {
-    throw std::runtime_error(call_text("dot_attention_bwd", p) + ": no kernel has " + missing);
+void dot_attention_bwd(const DotAttentionParams& given, void* stream) {
+  if (const char* missing = dot_attention_bwd_missing(given)) {
+    throw std::runtime_error(call_text("dot_attention_bwd", given) + ": no kernel has " + missing);
   }
+  const DotAttentionParams p = with_rounded_operands(given);
   if (p.query.dtype == DType::kFloat64)
     rows_and_sink<double>(p, static_cast<Stream>(stream));
   else

@@ -47,6 +47,8 @@ struct Tolerance {
 };
 Tolerance gradient_tolerance(DType dtype) {
   switch (dtype) {
+    case DType::kTf32:  // weights and score gradients; operands are rounded in the definition too
+      return {1e-3, 1e-12};
     case DType::kFloat64:
       return {3e-12, 1e-15};
     case DType::kFloat32:
@@ -88,7 +90,7 @@ std::string compare_gradient(const char* what, DType dtype, const HostTensor& go
   return where;
 }
 
-bool g_took_mma = false, g_took_fma = false;
+bool g_took_mma = false, g_took_fma = false, g_took_tf32 = false;
 
 // The gradients as the kernels give them, or the emulator's report.
 struct Run {
@@ -96,7 +98,7 @@ struct Run {
   HostTensor workspace;
   std::string report;
 
-  Run(const Problem& problem, const Expected& expected)
+  Run(const Problem& problem, const Expected& expected, bool tf32 = false)
       : results(problem),
         workspace(problem.real(),
                   {3 * problem.config.batch, problem.config.heads, problem.config.query_tokens, int64_t{1}}) {
@@ -111,25 +113,28 @@ struct Run {
     }
     DotAttentionParams params = results.dot_params(problem);
     params.delta = workspace.data();
+    params.tf32 = tf32;
     if (const char* missing = cuda::dot_attention_bwd_missing(params)) {
       report = std::string("not supported: ") + missing;
       return;
     }
-    if (c.query_tokens > 0) (cuda::dot_attention_mma_bwd_takes(params) ? g_took_mma : g_took_fma) = true;
+    const uint64_t before = counters().mma;
     report = reported([&] { cuda::dot_attention_bwd(params, nullptr); });
+    if (c.query_tokens > 0) (counters().mma > before ? tf32 ? g_took_tf32 : g_took_mma : g_took_fma) = true;
   }
 };
 
-std::string check(const Problem& problem, uint32_t other_seed) {
+// `defined` is the call by whose definition the gradients are judged, to the last places of `dtype`.
+std::string check(const Problem& problem, uint32_t other_seed, const Problem& defined, DType dtype, bool tf32) {
   const Config& c = problem.config;
-  Expected expected = native::forward_by_definition(problem);
-  native::backward_by_definition(problem, {}, expected);
-  const Run run(problem, expected);
+  Expected expected = native::forward_by_definition(defined);
+  native::backward_by_definition(defined, {}, expected);
+  const Run run(problem, expected, tf32);
   if (!run.report.empty()) return run.report;
   const Results& r = run.results;
   std::string error;
   const auto check_one = [&](const char* what, bool wanted, const HostTensor& got, const Gradient& gradient) {
-    if (wanted && error.empty()) error = compare_gradient(what, c.dtype, got, gradient);
+    if (wanted && error.empty()) error = compare_gradient(what, dtype, got, gradient);
   };
   check_one("grad_query", c.want_query, r.grad_query, expected.grad_query);
   check_one("grad_key", c.want_key, r.grad_key, expected.grad_key);
@@ -138,7 +143,7 @@ std::string check(const Problem& problem, uint32_t other_seed) {
   check_one("grad_sink", c.sink, r.grad_sink, expected.grad_sink);
   if (!error.empty()) return error;
   set_seed(other_seed);
-  const Run again(problem, expected);
+  const Run again(problem, expected, tf32);
   if (!again.report.empty()) return again.report;
   const Results& s = again.results;
   const HostTensor* const first[] = {&r.grad_query,   &r.grad_key,     &r.grad_value,
@@ -150,9 +155,45 @@ std::string check(const Problem& problem, uint32_t other_seed) {
   return "";
 }
 
+std::string check(const Problem& problem, uint32_t other_seed) {
+  return check(problem, other_seed, problem, problem.config.dtype, false);
+}
+
+// A call that allows tf32, by the definition with rounded operands.
+std::string check_tf32(const Config& config, uint64_t seed, uint32_t other_seed, DType dtype = DType::kTf32) {
+  const Problem problem(config, seed);
+  Problem rounded(config, seed);
+  const bool takes = takes_tf32(config);
+  if (takes) {
+    for (HostTensor* x : {&rounded.query, &rounded.key, &rounded.value, &rounded.grad_out}) round_to_tf32(*x);
+  }
+  return check(problem, other_seed, rounded, takes ? dtype : config.dtype, true);
+}
+
+void check_tf32_calls(int64_t cases) {
+  for (int64_t number = 0; number < cases; ++number) {
+    Random random(static_cast<uint64_t>(number) * 2 + 1);
+    const Config config = with_tf32_sizes(random, small_config(random));
+    set_seed(static_cast<uint32_t>(number));
+    const std::string error = check_tf32(config, random.next(), static_cast<uint32_t>(number + 1));
+    expect(error.empty(), "tf32 case " + std::to_string(number) + ": " + error + "\n  " + config.text());
+  }
+  // 64 equal scores: all weights are 1/64, and nothing of a value's gradient is rounded but what arrives.
+  for (int64_t size : {64, 128, 256}) {
+    Config c;
+    c.query_tokens = 20;
+    c.key_tokens = 64;
+    c.head_size = c.value_size = size;
+    c.scale = 0;
+    c.want_query = c.want_key = false;
+    const std::string error = check_tf32(c, 5, 1, DType::kFloat32);
+    expect(error.empty(), "tf32 gradient of values: " + error);
+  }
+}
+
 // The main tiles of the tensor-core kernel, whole ones: no bank conflicts, and as many instructions as the products
 // need.
-void check_counts(DType dtype, int64_t size) {
+void check_counts(DType dtype, int64_t size, bool tf32 = false) {
   Config c;
   c.dtype = dtype;
   c.query_tokens = c.key_tokens = 128;
@@ -161,21 +202,21 @@ void check_counts(DType dtype, int64_t size) {
   const Problem problem(c, 7);
   const Expected expected = native::forward_by_definition(problem);
   reset_counters();
-  const Run run(problem, expected);
+  const Run run(problem, expected, tf32);
   expect(run.report.empty(), "the main tiles: " + run.report);
   const Counters& count = counters();
-  // Products of 128 x 128 x D, 2048 multiply-adds an instruction: three for dQ, four for dK and dV, or three and two
-  // where each has a pass.
+  // Products of 128 x 128 x D, 2048 multiply-adds an instruction (1024 in tf32): three for dQ, four for dK and dV, or
+  // three and two where each has a pass.
   const bool apart = size > 128;
-  expect(count.mma == static_cast<uint64_t>((apart ? 8 : 7) * 128 * 128 * size / 2048),
+  expect(count.mma == static_cast<uint64_t>((apart ? 8 : 7) * 128 * 128 * size / (tf32 ? 1024 : 2048)),
          "mma instructions: " + std::to_string(count.mma));
   expect(count.bank_conflicts == 0, "bank conflicts: " + std::to_string(count.bank_conflicts));
-  // Two blocks a pass, each with 64 rows of two tensors of its own and all 128 of the two others; by keys also three
-  // numbers for each query.
-  const int64_t by_keys = apart ? 2 : 1;
-  expect(
-      count.async_copies == static_cast<uint64_t>(2 * ((1 + by_keys) * 2 * (64 + 128) * size / 8 + by_keys * 3 * 128)),
-      "cp.async: " + std::to_string(count.async_copies));
+  // Blocks of 64 rows, 32 in tf32 where D > 128, each with its rows of two tensors and all 128 of the two others; by
+  // keys also three numbers for each query.
+  const int64_t by_keys = apart ? 2 : 1, rows = tf32 && apart ? 32 : 64, chunk = tf32 ? 4 : 8;
+  expect(count.async_copies ==
+             static_cast<uint64_t>(128 / rows * ((1 + by_keys) * 2 * (rows + 128) * size / chunk + by_keys * 3 * 128)),
+         "cp.async: " + std::to_string(count.async_copies));
 }
 
 }  // namespace
@@ -188,7 +229,8 @@ int main(int count, char** arguments) {
   run_cases(cases, small_config, [](const native::Problem& problem, int64_t number) {
     return check(problem, static_cast<uint32_t>(number + 1));
   });
-  if (cases.count >= 15) expect(g_took_mma && g_took_fma, "both kernels were tried");
+  check_tf32_calls(cases.count * 2 / 5);
+  if (cases.count >= 15) expect(g_took_mma && g_took_fma && g_took_tf32, "all kernels were tried");
   for (int64_t size : {72, 136}) {  // kernels that random calls seldom reach
     Config c;
     c.dtype = DType::kFloat64;
@@ -200,6 +242,7 @@ int main(int count, char** arguments) {
     expect(error.empty(), "bias in float64: " + error);
   }
   for (int64_t size : {64, 128, 256}) check_counts(DType::kBFloat16, size);
+  for (int64_t size : {64, 128, 256}) check_counts(DType::kFloat32, size, true);
   check_counts(DType::kFloat16, 64);
   return finish("dot_attention_bwd", cases.count);
 }
