@@ -5,6 +5,7 @@ As in test_simt.py and test_simt_backward.py the module ``_simt`` takes the plac
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -16,7 +17,7 @@ from test_simt_backward import gradients, use
 from torch import Tensor
 
 import attnfast
-from attnfast import _cuda_ops, explain, reference
+from attnfast import _cuda_ops, reference
 
 MATMUL = torch.backends.cuda.matmul
 SWITCHES: dict[str, tuple[Callable[[], None], bool]] = {
@@ -71,7 +72,7 @@ def test_torch_s_switch_decides_in_both_directions(backend: ModuleType, name: st
     query, key, value = (x.requires_grad_() for x in operands(torch.float32, 2, 1, 20, 30, 16, 16))
     out = []
     assert uses_tensor_cores(backend, lambda: out.append(attnfast.attention(query, key, value))) == expected
-    assert uses_tensor_cores(backend, lambda: out[0].sum().backward()) == expected
+    assert uses_tensor_cores(backend, lambda: out[0].backward(torch.randn_like(out[0]))) == expected
     exact = reference.attention(*(x.detach().double() for x in (query, key, value)))
     error = (out[0].detach().double() - exact).abs().max().item()
     assert (error > 1e-5) == expected and error < 2e-3
@@ -188,7 +189,7 @@ def test_a_gradient_that_comes_in_unaligned_meets_the_same_scores(backend: Modul
 
 def test_explain_says_which_kernel_and_why(simt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_cuda_ops, "cuda_binary", lambda: simt)
-    lines = explain._cuda_kernel
+    lines = importlib.import_module("attnfast.explain")._cuda_kernel  # attnfast.explain is the function
     query, key, value = operands(torch.float32, 1, 1, 20, 30, 16, 16)
     assert lines(query, key, value) == [
         "kernel: dot_attention_fma, on CUDA, float32 arithmetic",

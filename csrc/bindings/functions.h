@@ -16,7 +16,8 @@ OpFunction additive_attention_fwd, additive_attention_bwd, additive_attention_de
 OpFunction topk_scores_fwd, weighted_gather_fwd, weighted_gather_bwd, product_keys;
 OpFunction ordinary_call, ordinary_gradient;
 // Of attnfast._cuda alone.
-OpFunction dot_attention_kernel, dot_attention_workspace, additive_attention_workspace, topk_scores_workspace, weighted_gather_partial_rows;
+OpFunction dot_attention_kernel, dot_attention_workspace, additive_attention_workspace, topk_scores_workspace,
+    weighted_gather_partial_rows;
 
 // The objects that ordinary_call and ordinary_gradient ask about a call, in the order of TorchProbes; kept for ever.
 void set_torch_probes(const pybind11::tuple& probes);

@@ -47,21 +47,20 @@ __global__ void __launch_bounds__(T::kThreads, 2) dot_attention_bwd_mma_kernel(D
   if (threadIdx.x == 0) block = found;
   __syncthreads();
   const Sequence& sequence = block.rows.sequence;
-  const int64_t b = sequence.tensor_batch, kv_head = block.rows.kv_head;
   const bool modified = is_modified(p);
 
   const Tensor4 &own_x = kByKeys ? p.key : p.query, &own_y = kByKeys ? p.value : p.grad_out;
   const Tensor4 &tile_x = kByKeys ? p.query : p.key, &tile_y = kByKeys ? p.grad_out : p.value;
-  const int64_t own_head = kByKeys ? kv_head : block.rows.head;
+  const auto own_head = [&] { return kByKeys ? block.rows.kv_head : block.rows.head; };
   const auto copy = [&](Element* to, const Tensor4& from, int64_t head, int64_t first, int rows, int64_t end,
                         int64_t size) {
-    copy_rows<T, kHead>(to, static_cast<const Element*>(from.data) + offset4(from, b, head, 0, 0), from.stride[2],
-                        first, rows, end, size);
+    copy_rows<T, kHead>(to, static_cast<const Element*>(from.data) + offset4(from, sequence.tensor_batch, head, 0, 0),
+                        from.stride[2], first, rows, end, size);
   };
-  copy(own_first, own_x, own_head, block.own, T::kRows, block.own_valid, p.head_size);
-  copy(own_second, own_y, own_head, block.own, T::kRows, block.own_valid, p.value_size);
+  copy(own_first, own_x, own_head(), block.own, T::kRows, block.own_valid, p.head_size);
+  copy(own_second, own_y, own_head(), block.own, T::kRows, block.own_valid, p.value_size);
   const auto start_tile = [&](int64_t head, int64_t first, int buffer) {
-    const int64_t end = kByKeys ? sequence.queries : sequence.keys, h = kByKeys ? head : kv_head;
+    const int64_t end = kByKeys ? sequence.queries : sequence.keys, h = kByKeys ? head : block.rows.kv_head;
     Element* to = tiles + buffer * 2 * kTileElements;
     copy(to, tile_x, h, first, kTile, end, p.head_size);
     copy(to + kTileElements, tile_y, h, first, kTile, end, p.value_size);
@@ -141,6 +140,8 @@ __global__ void __launch_bounds__(T::kThreads, 2) dot_attention_bwd_mma_kernel(D
         }
       }
     } else {
+      const int thread = ptx::unknown(static_cast<int>(threadIdx.x));
+      const int own = thread / 32 * 16 + thread % 32 / 4;
       TileRow<float> row = {};
       QueryValues<float> of_query = {};
       int64_t q = 0;
@@ -153,14 +154,14 @@ __global__ void __launch_bounds__(T::kThreads, 2) dot_attention_bwd_mma_kernel(D
               row = tile_row_of<float>(p, block.rows, modified, q, block.own, T::kRows);
             },
             [&](int r, float* values) {
-              differentiate(p, block.rows, row, of_query, false, modified, true, q, block.own, warp * 16 + g + 8 * r,
-                            values[0], values[1]);
+              differentiate(p, block.rows, row, of_query, false, modified, true, q, block.own, own + 8 * r, values[0],
+                            values[1]);
             });
       } else {
         for_each_by_rows<kTile / 8, 2>(
             both,
             [&](int r) {
-              q = block.own + warp * 16 + g + 8 * r;
+              q = block.own + own + 8 * r;
               of_query = own_values[0];
               if (r == 1) of_query = own_values[1];
               row = tile_row_of<float>(p, block.rows, modified, q, first, kTile);
@@ -199,7 +200,8 @@ __global__ void __launch_bounds__(T::kThreads, 2) dot_attention_bwd_mma_kernel(D
     for (int r = 0; r < 2; ++r) {
       const int64_t i = block.own + warp * 16 + g + 8 * r;
       if (i >= (kByKeys ? p.key_tokens : p.query_tokens)) continue;
-      store_sums<T, kHead>(static_cast<Element*>(to.data) + offset4(to, b, own_head, i, 0), r, sum, size, factor);
+      store_sums<T, kHead>(static_cast<Element*>(to.data) + offset4(to, sequence.tensor_batch, own_head(), i, 0), r,
+                           sum, size, factor);
     }
   };
   const float scale = static_cast<float>(p.scale);

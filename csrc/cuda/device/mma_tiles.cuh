@@ -77,7 +77,7 @@ ATTNFAST_DEVICE void copy_rows(typename T::Element* to, const typename T::Elemen
   const int chunk = static_cast<int>(threadIdx.x) % kChunks, first_row = static_cast<int>(threadIdx.x) / kChunks;
   const int valid_rows = chunk * T::kChunk < size ? static_cast<int>(clamp_index(end - first, 0, rows)) : 0;
   int64_t offset = (first + first_row) * stride + chunk * T::kChunk;
-#pragma unroll 4
+#pragma unroll 2
   for (int row = first_row; row < rows; row += kRowsAtOnce) {
     const bool valid = row < valid_rows;
     ptx::copy_async_16(to + swizzled_at<T, kHead>(row, chunk), valid ? from + offset : from, valid);
@@ -149,7 +149,8 @@ ATTNFAST_DEVICE void add_weighted_rows(const float (*weight)[4], const typename 
       }
     }
   } else {  // see the top
-    const int g = lane / 4, t = lane % 4;
+    // Above 128 the places of rows in shared memory are computed for each tile: registers are short.
+    const int own = kHead > 128 ? ptx::unknown(lane) % 32 : lane, g = own / 4, t = own % 4;
 #pragma unroll
     for (int k = 0; k < kTile / 8; ++k) {
       uint32_t a[4] = {ptx::as_bits(weight[k][0]), ptx::as_bits(weight[k][2]), ptx::as_bits(weight[k][1]),
