@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(T::kThreads, 2) dot_attention_bwd_mma_kernel(D
   const auto start_next = [&](int buffer) {
     if (first + kTile < block.end) {
       start_tile(head, first + kTile, buffer);
-    } else if (heads_left > 1) {
+    } else if (kByKeys && heads_left > 1) {
       start_tile(head + 1, block.begin, buffer);
     }
     ptx::copy_async_commit();
@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(T::kThreads, 2) dot_attention_bwd_mma_kernel(D
       start_next(0);
     first += kTile;
     if (first < block.end) continue;
-    if (--heads_left == 0) break;
+    if (!kByKeys || --heads_left == 0) break;  // one head, of which registers need not know
     first = block.begin;
     ++head;
   }

@@ -81,12 +81,12 @@ __global__ void __launch_bounds__(kMmaThreads, 2) dot_attention_mma_kernel(DotAt
   const Rows found = rows_of_part(p, kMmaRows, parts, blockIdx.x);
   if (threadIdx.x == 0) rows = found;
   __syncthreads();
-  const int64_t keys = rows.sequence.keys;
-  const Element* key_data = static_cast<const Element*>(p.key.data) + key_offset(rows, p.key);
-  const Element* value_data = static_cast<const Element*>(p.value.data) + key_offset(rows, p.value);
   const bool modified = is_modified(p), factored = has_factor(p);
   const int64_t first_tile = rows.key_begin / kKeys * kKeys;
   const auto start_tile = [&](int64_t key, int buffer) {
+    const int64_t keys = rows.sequence.keys;
+    const Element* key_data = static_cast<const Element*>(p.key.data) + key_offset(rows, p.key);
+    const Element* value_data = static_cast<const Element*>(p.value.data) + key_offset(rows, p.value);
     copy_rows<T, kHead>(key_tiles + buffer * P::kTileElements, key_data, p.key.stride[2], key, kKeys, keys,
                         p.head_size);
     copy_rows<T, kHead>(value_tiles + buffer * P::kTileElements, value_data, p.value.stride[2], key, kKeys, keys,
