@@ -13,11 +13,11 @@ def build_info() -> dict[str, Any]:
 def device_count() -> int:
     """Return the number of GPUs; RuntimeError with CUDA's reason if there is no driver or no GPU."""
 
-def dot_attention_kernel(query: Tensor, key: Tensor, value: Tensor, /) -> str:
-    """Return the name of the kernel that ``dot_attention_fwd`` would queue for them with a new output."""
-
 def dot_attention_workspace(query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor | None, /) -> int:
     """Return the elements of workspace that ``dot_attention_fwd`` needs, by shapes alone; 0 unless keys are split."""
+
+def dot_attention_kernel(query: Tensor, key: Tensor, value: Tensor, tf32: bool, /) -> str:
+    """Return the name of the kernel that ``dot_attention_fwd`` would queue for them with a new output."""
 
 def dot_attention_fwd(
     query: Tensor,
@@ -48,13 +48,15 @@ def dot_attention_fwd(
     window_left: int,
     window_right: int,
     workspace: Tensor | None,
+    tf32: bool,
     /,
 ) -> None:
     """Queue ``_C.dot_attention_fwd`` on torch's current stream of the tensors' device.
 
     Every tensor is on that device but ``seed``, which is on the CPU. Lengths and offsets are not checked but cut to the
     tensors. ``workspace`` is of the accumulation dtype and has as many elements as ``dot_attention_workspace`` says;
-    None for 0.
+    None for 0. With ``tf32`` operands in float32 are rounded to tf32 where that lets tensor cores multiply them
+    (docs/cuda.md); other dtypes do not mind it.
     """
 
 def dot_attention_bwd(
@@ -96,12 +98,13 @@ def dot_attention_bwd(
     window_left: int,
     window_right: int,
     threads: int,
+    tf32: bool,
     /,
 ) -> None:
     """Queue ``_C.dot_attention_bwd`` on torch's current stream of the tensors' device.
 
     As there, but ``out``, ``lse`` and ``delta`` must be given, and ``delta`` is a workspace of three planes: Real,
-    contiguous ``[3, B, H, T_q]``. ``threads`` is ignored.
+    contiguous ``[3, B, H, T_q]``. ``threads`` is ignored, and ``tf32`` is the forward's.
     """
 
 def additive_attention_fwd(

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnfast import _cuda_ops, ops, reference
 from attnfast import _explain_text as text
-from attnfast import ops, reference
 from attnfast._ext import cuda_binary
 
 _HALVES = (torch.bfloat16, torch.float16)
@@ -23,7 +23,7 @@ def dot(query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor | None, 
     """Lines for a forward of the dot core, operands ``[B, H, T, D]``."""
     operands = [x.detach() for x in (query, key, value)]
     binary = cuda_binary()
-    name = binary.dot_attention_kernel(*operands)
+    name = binary.dot_attention_kernel(*operands, _cuda_ops.allows_tf32())
     lines = [f"kernel: {name} on CUDA, {_products(name, query.dtype)}"]
     if name.endswith("_fma") and (reason := no_tensor_cores(*operands)):
         lines.append(f"not dot_attention_mma, which has tensor cores: {reason}")
@@ -36,16 +36,19 @@ def dot(query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor | None, 
 
 def no_tensor_cores(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     """Why `dot_attention_mma` does not take these operands; None if nothing is known that keeps it from them."""
-    if query.dtype not in _HALVES:
-        return f"products of {text.dtype_name(query.dtype)} are formed in {text.dtype_name(query.dtype)}"
+    if query.dtype == torch.float64:
+        return "products of float64 are formed in float64"
+    if query.dtype == torch.float32 and not _cuda_ops.allows_tf32():
+        return "torch.backends.cuda.matmul.fp32_precision does not allow tf32"
+    chunk = 16 // query.element_size()
     for name, x, letter in (("query", query, "D"), ("value", value, "D_v")):
         size = x.shape[3]
-        if size == 0 or size > _WIDEST or size % 8:
-            return f"{name}'s {letter} = {size} is not a multiple of 8 from 8 to {_WIDEST}"
+        if size == 0 or size > _WIDEST or size % chunk:
+            return f"{name}'s {letter} = {size} is not a multiple of {chunk} from {chunk} to {_WIDEST}"
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.stride(3) != 1:
             return f"elements of a row of {name} do not lie side by side"
-        if x.data_ptr() % 16 or any(stride % 8 for stride in x.stride()[:3]):
+        if x.data_ptr() % 16 or any(stride % chunk for stride in x.stride()[:3]):
             return f"rows of {name} do not start at multiples of 16 bytes"
     return None
 
@@ -88,6 +91,7 @@ def gather(values: Tensor) -> list[str]:
 
 
 def _products(name: str, dtype: torch.dtype) -> str:
-    if name.endswith("mma") and dtype in _HALVES:
-        return f"products of {text.dtype_name(dtype)} on tensor cores, sums in float32"
+    if name.endswith("mma"):
+        products = "float32 rounded to tf32" if dtype == torch.float32 else text.dtype_name(dtype)
+        return f"products of {products} on tensor cores, sums in float32"
     return text.arithmetic(dtype)

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnfast._cuda_ops import dot_attention_bwd as cuda_dot_attention_bwd
 from attnfast._cuda_ops import dot_attention_fwd as cuda_dot_attention_fwd
-from attnfast._ext import _C, cuda_binary, has_cuda
+from attnfast._ext import _C, has_cuda
 from attnfast._options import (
     N_OPTION_TENSORS,
     WEIGHTS_COLUMN_SUM,
@@ -158,7 +159,7 @@ def _backward_of(query: Tensor) -> tuple[Any, Tensor | None]:
     """The backward kernel of the query's device, and the workspace ``delta`` that it wants."""
     if query.is_cpu:
         return _backward, None
-    return cuda_binary().dot_attention_bwd, query.new_empty((3, *query.shape[:3]), dtype=real_dtype(query.dtype))
+    return cuda_dot_attention_bwd, query.new_empty((3, *query.shape[:3]), dtype=real_dtype(query.dtype))
 
 
 # Up to so many keys, the backward of a plain call needs neither out nor lse.

@@ -127,7 +127,7 @@ def pretend_gpu(simt: ModuleType) -> Iterator[PretendGpu]:
     """`GPU` is a device with kernels, for what runs on this thread."""
     binary, gpu = _Binary(simt), PretendGpu()
     with pytest.MonkeyPatch.context() as patch:
-        for module in (_additive_ops, _cuda_ops, _gather_ops, _memory_ops, ops):
+        for module in (_additive_ops, _cuda_ops, _gather_ops, _memory_ops):
             patch.setattr(module, "cuda_binary", lambda: binary)
         real = _validate.tensor
         patch.setattr(_validate, "tensor", lambda name, x: None if isinstance(x, Pretend) else real(name, x))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -19,12 +20,13 @@ def operands(dtype: torch.dtype, rows: int, keys: int, size: int = 16, value_siz
     return [torch.randn(1, 2, n, d).to(dtype) for n, d in ((rows, size), (keys, size), (keys, value_size))]
 
 
+NO_TF32 = "torch.backends.cuda.matmul.fp32_precision does not allow tf32"
 NARROW = "is not a multiple of 8 from 8 to 256"
 # Operands, elements from row to row of the keys, why not tensor cores.
 ATTENTION: dict[str, tuple[list[Tensor], int, str]] = {
     "tensor cores": (operands(HALF, 9, 9), 16, ""),
     "float16": (operands(torch.float16, 9, 9), 16, ""),
-    "float32": (operands(torch.float32, 9, 9), 16, "products of float32 are formed in float32"),
+    "float32": (operands(torch.float32, 9, 9), 16, NO_TF32),
     "float64": (operands(torch.float64, 9, 9), 16, "products of float64 are formed in float64"),
     "odd size": (operands(HALF, 9, 9, 12), 12, f"query's D = 12 {NARROW}"),
     "odd value": (operands(HALF, 9, 9, 16, 4), 16, f"value's D_v = 4 {NARROW}"),
@@ -32,7 +34,7 @@ ATTENTION: dict[str, tuple[list[Tensor], int, str]] = {
     "rows apart": (operands(HALF, 9, 9), 24, ""),
     "rows not aligned": (operands(HALF, 9, 9), 20, "rows of key do not start at multiples of 16 bytes"),
     "split": (operands(HALF, 1, 700), 16, ""),
-    "split, float32": (operands(torch.float32, 1, 700), 16, "products of float32 are formed in float32"),
+    "split, float32": (operands(torch.float32, 1, 700), 16, NO_TF32),
 }
 
 
@@ -54,6 +56,34 @@ def test_attention(simt: ModuleType, name: str) -> None:
     split = re.search(r"split: keys in (\d+) ranges, joined by attention_merge", said)
     assert launches == (2 if split else 1) and (split is not None) == ("split" in name)
     assert not split or int(split[1]) == 2
+
+
+@pytest.fixture
+def _tf32_allowed() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.usefixtures("_tf32_allowed")
+def test_tf32_is_named_where_it_is_allowed(simt: ModuleType) -> None:
+    with pretend_gpu(simt):
+        query, key, value = (to_gpu(x) for x in operands(torch.float32, 9, 9))
+        query.requires_grad_()
+        said = attnfast.explain(attnfast.attention, query, key, value)
+        assert "dot_attention_mma on CUDA, products of float32 rounded to tf32 on tensor cores, sums in float32" in said
+        assert "backward: dot_attention_bwd_mma" in said
+        before = simt.mma_instructions()
+        attnfast.attention(query, key, value)
+        assert simt.mma_instructions() > before
+        odd = [to_gpu(x) for x in operands(torch.float32, 9, 9, 14)]
+        said = attnfast.explain(attnfast.attention, *odd)
+        assert "dot_attention_fma on CUDA, float32 arithmetic" in said
+        assert "query's D = 14 is not a multiple of 4 from 4 to 256" in said
+        before = simt.mma_instructions()
+        attnfast.attention(*odd)
+        assert simt.mma_instructions() == before
 
 
 def test_gradients_and_weights_are_named(simt: ModuleType) -> None:

@@ -112,6 +112,35 @@ def test_ldmatrix(program: Path) -> None:
         first += registers
 
 
+def test_tf32_operands_as_the_kernels_read_them() -> None:
+    """The addresses of csrc/cuda/device/mma_tiles.cuh against CuTe's layouts.
+
+    32-bit elements by ldmatrix, and the order of keys in which weights are A fragments as they are.
+    """
+    layout_a, layout_b, layout_c = (
+        trait("mma_traits_sm80.hpp", f"MMA_Traits<{MMA['tf32'][0]}>", f"{x}Layout") for x in "ABC"
+    )
+    source, target = (
+        trait("copy_traits_sm75.hpp", "Copy_Traits<SM75_U32x4_LDSM_N>", x) for x in ("SrcLayout", "DstLayout")
+    )
+    pointed = {source(lane, bit): (lane, bit // 32) for bit in range(0, 128, 32) for lane in range(32)}
+    for lane in range(32):
+        for register in range(4):
+            pointer, element = pointed[target(lane, 32 * register)]
+            # own_fragment: lane i points to row i % 16, chunk i / 16.
+            row, column = pointer % 16, 4 * (pointer // 16) + element
+            assert layout_a(lane, register) == row + 16 * column
+            # multiply_step: lane i points to row i % 8 + 8 (i / 16), chunk i / 8 % 2; two fragments.
+            row, column = pointer % 8 + pointer // 16 * 8, 4 * (pointer // 8 % 2) + element
+            assert layout_b(lane, register % 2) == row % 8 + 8 * column and row // 8 == register // 2
+        # add_weighted_rows: C elements 0, 2, 1, 3 are the A fragment; B is read from rows 2 t and 2 t + 1, feature g.
+        key_of = {layout_a(lane, i) // 16: layout_c(lane, e) // 16 for i, e in enumerate((0, 2, 1, 3))}
+        assert all(layout_a(lane, i) % 16 == layout_c(lane, e) % 16 for i, e in enumerate((0, 2, 1, 3)))
+        for register in range(2):
+            feature, place = layout_b(lane, register) % 8, layout_b(lane, register) // 8
+            assert (feature, key_of[place]) == (lane // 4, 2 * (lane % 4) + register)
+
+
 def test_layouts_are_read_as_they_are_written() -> None:
     layout = parse_layout("Layout<Shape <Shape < _4,_8>,_2>,\n   Stride<Stride< _8,_1>,_32>>")
     assert (layout.shape, layout.stride) == (((4, 8), 2), ((8, 1), 32))

@@ -313,8 +313,8 @@ def test_a_wrong_workspace_is_refused(simt: ModuleType) -> None:
     size = simt.dot_attention_workspace(query, key, value, None)
     tail = (torch.empty_like(query), None, None, None, 0, *[None] * 12, 1.0, 0.0, 0.0, 0.0, 0, -1, -1)
     with pytest.raises(ValueError, match=f"workspace: expected a tensor of {size} elements, got None"):
-        simt.dot_attention_fwd(query, key, value, *tail, None)
+        simt.dot_attention_fwd(query, key, value, *tail, None, False)
     with pytest.raises(ValueError, match="workspace: expected shape"):
-        simt.dot_attention_fwd(query, key, value, *tail, torch.empty(size - 1))
+        simt.dot_attention_fwd(query, key, value, *tail, torch.empty(size - 1), False)
     with pytest.raises(TypeError, match="workspace: expected dtype float32"):
-        simt.dot_attention_fwd(query, key, value, *tail, torch.empty(size).double())
+        simt.dot_attention_fwd(query, key, value, *tail, torch.empty(size).double(), False)

@@ -30,7 +30,7 @@ def backward_of(simt: ModuleType) -> Callable[..., None]:
     def backward(*arguments: Any) -> None:
         lse = arguments[5]
         assert arguments[6] is None
-        return simt.dot_attention_bwd(*arguments[:6], lse.new_empty(3, *lse.shape), *arguments[7:])
+        return _cuda_ops.dot_attention_bwd_of(simt, *arguments[:6], lse.new_empty(3, *lse.shape), *arguments[7:])
 
     return backward
 
@@ -289,10 +289,10 @@ def test_only_what_is_wanted_is_formed(backend: ModuleType) -> None:
 def test_gradients_of_tensors_elsewhere_go_to_the_cuda_module(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[Any, ...]] = []
     binary = SimpleNamespace(dot_attention_bwd=lambda *arguments: calls.append(arguments))
-    monkeypatch.setattr(ops, "cuda_binary", lambda: binary)
+    monkeypatch.setattr(_cuda_ops, "cuda_binary", lambda: binary)
     query = torch.empty(2, 3, 5, 8, device="meta", dtype=torch.bfloat16)
     lse = torch.empty(2, 3, 5, device="meta")
     options = functional._new_options((8, False))
     ops.plain_bwd(query, query, query, query, query, lse, options, (True, True, True))
-    assert len(calls) == 1 and len(calls[0]) == 38
+    assert len(calls) == 1 and len(calls[0]) == 39 and calls[0][-1] is False
     assert calls[0][6].shape == (3, 2, 3, 5) and calls[0][6].dtype == torch.float32

@@ -33,7 +33,7 @@ except RuntimeError as error:
     assert os.path.exists("/dev/nvidiactl") or "there is no NVIDIA driver on this machine" in str(error), error
 x = torch.zeros(1, 1, 1, 8)
 try:
-    _cuda.dot_attention_fwd(x, x, x, x, *[None] * 3, 0, *[None] * 12, 1.0, 0.0, 0.0, 0.0, 0, -1, -1, None)
+    _cuda.dot_attention_fwd(x, x, x, x, *[None] * 3, 0, *[None] * 12, 1.0, 0.0, 0.0, 0.0, 0, -1, -1, None, False)
 except TypeError as error:
     assert "query: expected a CUDA tensor" in str(error), error
 else:

@@ -3,8 +3,9 @@
     python tools/roofline.py            say whether docs/roofline.md is what this script writes
     python tools/roofline.py --write    write it
 
-A kernel is one line of KERNELS. Its time is that of the busiest unit of a multiprocessor over its tiles, or of memory;
-the counts of instructions beside it are those of tests/cuda_budget.json, which come from the compiled binary.
+An op is one line of OPS: kernels that run one after the other. The time of each is that of the busiest unit of a
+multiprocessor over its tiles, or of memory; the counts of instructions beside it are those of tests/cuda_budget.json,
+which come from the compiled binary.
 """
 
 from __future__ import annotations
@@ -56,9 +57,9 @@ GPUS = (A100, H100, B200)
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel at one head size: what a block does for a tile of `rows` queries by `keys` keys."""
+    """One kernel at one head size: what a block does for a tile of its `rows` queries by `keys` keys, or of a pass by
+    keys for `rows` keys by `keys` queries."""
 
-    title: str
     name: str  # in tests/cuda_budget.json
     head: int
     rows: int
@@ -68,6 +69,8 @@ class Kernel:
     tensor_cores: bool
     products: int = 2  # of matrices, rows x keys x D
     streamed: int = 2  # tensors of the other side that a block reads tile by tile
+    moved: int = 4  # tensors of T tokens through HBM, read and written
+    loads: float = 0.5  # ldmatrix.x4 for an mma
     per_score: float = 8  # other instructions for a score: scale, maximum, shift, exponential, sum, selects, rounding
     doubles: float = 1  # of them in float64
 
@@ -75,8 +78,9 @@ class Kernel:
         """Cycles of each unit of a multiprocessor for one tile."""
         scores = self.rows * self.keys
         multiply_adds = self.products * scores * self.head
-        # mma m16n8k16 is 2048 of them and wants half an ldmatrix.x4; else 32 an instruction and a sixth of a load.
-        instructions = multiply_adds / 2048 * 1.5 if self.tensor_cores else multiply_adds / 32 * (1 + 1 / 6)
+        # mma m16n8k16 is 2048 of them; else 32 an instruction and a sixth of a load.
+        each = (1 + self.loads) / 2048 if self.tensor_cores else (1 + 1 / 6) / 32
+        instructions = multiply_adds * each
         found = {
             "exponentials": scores / gpu.special,
             "float64": scores * self.doubles / gpu.double,
@@ -103,20 +107,55 @@ def registers(k: Kernel) -> float:
     return scores + values + k.streamed * k.keys * k.head * k.width
 
 
+def gradient_fragments(k: Kernel) -> float:
+    """Each warp reads its own 16 rows of two tensors for every tile, and a factor of each product from the tile, which
+    cp.async writes once. By keys each lane reads three numbers for each of its columns."""
+    tile, own = k.keys * k.head * k.width, k.rows * k.head * k.width
+    values = k.rows / 16 * 3 * k.keys / 4 * 128 if k.products == 4 else 0  # a load of a warp is a cycle
+    return k.rows / 16 * k.products * tile + 2 * own + k.streamed * tile + values
+
+
+@dataclass(frozen=True)
+class Op:
+    title: str
+    kernels: tuple[Kernel, ...]
+    products: int  # that FLOPs are counted for, as the papers and our benchmark do; kernels may form some of them twice
+    backward: bool = False
+
+    @property
+    def head(self) -> int:
+        return self.kernels[0].head
+
+
 def dot_mma(head: int) -> Kernel:
-    name = f"dot_attention_mma_kernel<BFloat16, {head}>"
-    return Kernel("dot forward, bf16", name, head, 64, 64, 2, fragments(16), True)
+    return Kernel(f"dot_attention_mma_kernel<BFloat16, {head}>", head, 64, 64, 2, fragments(16), True, doubles=0)
 
 
 def dot_fma(head: int) -> Kernel:
-    name = f"dot_attention_fma_kernel<float, {head}, false>"
-    return Kernel("dot forward, f32", name, head, 32, 32, 4, registers, False)
+    return Kernel(f"dot_attention_fma_kernel<float, {head}, false>", head, 32, 32, 4, registers, False)
 
 
-# One line for each kernel of the document.
-KERNELS = (dot_mma(64), dot_mma(128), dot_fma(64), dot_fma(128))
+def forward(title: str, kernel: Kernel) -> Op:
+    return Op(title, (kernel,), 2)
+
+
+def backward_mma(head: int) -> Op:
+    """The two passes. What the rows' sums before them read, the output and its gradient, is added to the first's."""
+    name, shared = "dot_attention_bwd_mma_kernel<MmaBFloat16", gradient_fragments
+    # Scale, comparison, two shifts, exponential, difference, product, selects, rounding.
+    by_queries = Kernel(f"{name}, {head}, false, 1>", head, 64, 32, 2, shared, True, 3, 2, 7, 2 / 3, 10, 0)
+    by_keys = Kernel(f"{name}, {head}, true, 3>", head, 64, 32, 2, shared, True, 4, 2, 6, 5 / 8, 11, 0)
+    return Op("dot backward, bf16", (by_queries, by_keys), 5, backward=True)
+
+
+# One line for each op of the document.
+OPS = (
+    *(forward("dot forward, bf16", dot_mma(head)) for head in (64, 128)),
+    *(forward("dot forward, f32", dot_fma(head)) for head in (64, 128)),
+    *(backward_mma(head) for head in (64, 128)),
+)
 # Not ours: FlashAttention-2's tiles, 32 rows a warp. What was measured of it says how near to its bound a kernel comes.
-FLASH_2 = Kernel("FlashAttention-2", "", 128, 128, 64, 2, fragments(32), True, doubles=0)
+FLASH_2 = forward("FlashAttention-2", Kernel("", 128, 128, 64, 2, fragments(32), True, doubles=0))
 
 
 @dataclass(frozen=True)
@@ -133,41 +172,65 @@ class Prediction:
         return self.flops / self.worst_s / 1e12, self.flops / self.best_s / 1e12
 
 
-def predict(kernel: Kernel, gpu: Gpu, tokens: int) -> Prediction:
-    """A plain forward of B T = 16384 tokens of T = `tokens`, H D = 2048, without a mask."""
+def times_of(kernel: Kernel, gpu: Gpu, tokens: int) -> dict[str, float]:
+    """Seconds of each unit for a plain call of B T = 16384 tokens of T = `tokens`, H D = 2048, without a mask."""
     matrices = TOKENS // tokens * (WIDTH // kernel.head)
     blocks = matrices * math.ceil(tokens / kernel.rows)
     tiles = math.ceil(blocks / gpu.processors) * math.ceil(tokens / kernel.keys)
     units = kernel.cycles(gpu)
     second = gpu.ghz * 1e9
     times = {name: tiles * cycles / second for name, cycles in units.items()}
-    hbm_bytes = 4.0 * TOKENS * WIDTH * kernel.width
     l2_bytes = float(blocks) * tokens * kernel.streamed * kernel.head * kernel.width
     times["L2 cache"] = l2_bytes / gpu.l2 / 1e9
-    times["HBM"] = hbm_bytes / gpu.hbm / 1e9
-    bound = max(times, key=lambda name: times[name])
-    flops = 2.0 * kernel.products * matrices * tokens * tokens * kernel.head
-    return Prediction(flops, hbm_bytes, times[bound] + LAUNCH_S, sum(times.values()) + LAUNCH_S, bound)
+    times["HBM"] = hbm_bytes_of(kernel) / gpu.hbm / 1e9
+    return times
 
 
-# Published figures of others, TFLOP/s of a forward without a mask, 16 bits, at LENGTHS and the same B T and H D. The
-# labels of the bars of figure 5 of the paper on FlashAttention-3 (arXiv 2407.08608).
-PUBLISHED: dict[tuple[str, int], dict[str, tuple[int, ...]]] = {
-    ("H100 SXM", 64): {
+def hbm_bytes_of(kernel: Kernel) -> float:
+    return float(kernel.moved * TOKENS * WIDTH * kernel.width)
+
+
+def predict(op: Op, gpu: Gpu, tokens: int) -> Prediction:
+    """The kernels of an op in turn, with a launch each, and in the backward one for the rows' sums."""
+    passes = [times_of(kernel, gpu, tokens) for kernel in op.kernels]
+    longest = max(passes, key=lambda times: max(times.values()))
+    bound = max(longest, key=lambda name: longest[name])
+    launches = (len(passes) + op.backward) * LAUNCH_S
+    best = sum(max(times.values()) for times in passes) + launches
+    worst = sum(sum(times.values()) for times in passes) + launches
+    matrices = TOKENS // tokens * (WIDTH // op.head)
+    flops = 2.0 * op.products * matrices * tokens * tokens * op.head
+    return Prediction(flops, sum(map(hbm_bytes_of, op.kernels)), best, worst, bound)
+
+
+# Published figures of others by GPU, D and whether it is a backward: TFLOP/s without a mask, 16 bits, at LENGTHS and
+# the same B T and H D. The labels of the bars of figures 5 and 6 of the paper on FlashAttention-3 (arXiv 2407.08608).
+PUBLISHED: dict[tuple[str, int, bool], dict[str, tuple[int, ...]]] = {
+    ("H100 SXM", 64, False): {
         "FA2": (282, 306, 318, 321, 322, 324),
         "FA3": (333, 392, 460, 476, 496, 497),
         "cuDNN": (335, 373, 395, 408, 412, 413),
     },
-    ("H100 SXM", 128): {
+    ("H100 SXM", 128, False): {
         "FA2": (309, 350, 362, 368, 370, 370),
         "FA3": (467, 565, 625, 638, 646, 648),
         "cuDNN": (497, 574, 617, 609, 600, 595),
     },
+    ("H100 SXM", 64, True): {
+        "FA2": (198, 238, 264, 279, 287, 291),
+        "FA3": (272, 363, 422, 453, 472, 474),
+        "cuDNN": (266, 348, 395, 417, 432, 433),
+    },
+    ("H100 SXM", 128, True): {
+        "FA2": (214, 260, 291, 310, 318, 322),
+        "FA3": (316, 424, 501, 542, 559, 561),
+        "cuDNN": (305, 408, 465, 499, 518, 516),
+    },
 }
 # Where only a best figure is known to us.
 BEST = {
-    "A100 SXM": "FA2 up to 230 (its paper, arXiv 2307.08691, over all shapes)",
-    "B200": "FA4 up to 1613, 1.3 times cuDNN 9.13 (its paper, arXiv 2603.05451, over all shapes)",
+    ("A100 SXM", False): "FA2 up to 230 (its paper, arXiv 2307.08691, over all shapes)",
+    ("B200", False): "FA4 up to 1613, 1.3 times cuDNN 9.13 (its paper, arXiv 2603.05451, over all shapes)",
 }
 
 
@@ -184,12 +247,12 @@ def bound_rows(kernel: Kernel) -> Iterable[list[str]]:
         yield [gpu.name, ", ".join(f"{name} {units[name]:.0f}" for name in order)]
 
 
-def prediction_rows(kernel: Kernel, gpu: Gpu) -> Iterable[list[str]]:
-    peers = PUBLISHED.get((gpu.name, kernel.head), {}) if kernel.tensor_cores else {}
+def prediction_rows(op: Op, gpu: Gpu) -> Iterable[list[str]]:
+    peers = PUBLISHED.get((gpu.name, op.head, op.backward), {}) if op.kernels[0].tensor_cores else {}
     for i, tokens in enumerate(LENGTHS):
-        p = predict(kernel, gpu, tokens)
+        p = predict(op, gpu, tokens)
         yield [
-            f"{TOKENS // tokens},{WIDTH // kernel.head},{tokens},{kernel.head}",
+            f"{TOKENS // tokens},{WIDTH // op.head},{tokens},{op.head}",
             f"{p.flops / 1e9:.0f}",
             f"{p.hbm_bytes / 2**20:.0f}",
             p.bound,
@@ -207,8 +270,16 @@ def calibration() -> Iterable[list[str]]:
         yield [gpu.name, p.bound, f"{p.tflops[0]:.0f} to {most:.0f}", str(measured), f"{100 * measured / most:.0f} %"]
 
 
-def wider(kernel: Kernel) -> list[str]:
-    """What the shape of the tile has to do with it."""
+def remarks(op: Op) -> list[str]:
+    """What the shape of the tile has to do with it; which products are formed twice."""
+    if op.backward:
+        return [
+            f"FLOPs are those of {op.products} products, as the papers count them. The two passes form "
+            f"{sum(kernel.products for kernel in op.kernels)}, because both need the scores and their gradients: "
+            "sums without atomics cost that. MiB are those of both passes and of the rows' sums before them.",
+            "",
+        ]
+    kernel = op.kernels[0]
     if not kernel.tensor_cores:
         return []
     twice = replace(kernel, rows=2 * kernel.rows, shared=fragments(32)).cycles(H100)
@@ -224,7 +295,7 @@ COUNTED = ("HMMA", "LDSM", "LDGSTS", "MUFU", "FFMA", "FFMA2", "double", "registe
 
 
 def mix_rows(budget: dict[str, dict[str, dict[str, int]]]) -> Iterable[list[str]]:
-    for kernel in KERNELS:
+    for kernel in (kernel for op in OPS for kernel in op.kernels):
         for gpu in GPUS:
             used = budget[gpu.architecture][kernel.name]
             code = used["instructions"] * 16 / 1024
@@ -260,9 +331,9 @@ The same model of FlashAttention-2 (D = 128, tiles of 128 x 64, 32 rows a warp),
 the best bound a very good kernel comes:
 """
 PEERS = """\
-Published figures are those of FlashAttention-2 and 3 and of cuDNN 9 in figure 5 of the paper on FlashAttention-3 (arXiv
-2407.08608): forward, 16 bits, no mask, H100 80 GB SXM5, the same B T = 16384 and H D = 2048. Their authors measured
-them, at clocks that a GPU holds under load, which are lower than the model's.
+Published figures are those of FlashAttention-2 and 3 and of cuDNN 9 in figures 5 (forward) and 6 (backward) of the
+paper on FlashAttention-3 (arXiv 2407.08608): 16 bits, no mask, H100 80 GB SXM5, the same B T = 16384 and H D = 2048.
+Their authors measured them, at clocks that a GPU holds under load, which are lower than the model's.
 
 ## What the binary holds
 
@@ -289,19 +360,20 @@ def document(budget: dict[str, dict[str, dict[str, int]]]) -> str:
         "",
     ]  # fmt: skip
     columns = ("B,H,T,D", "GFLOP", "MiB", "limited by", "ms, predicted", "TFLOP/s, predicted", "TFLOP/s, published")
-    for kernel in KERNELS:
-        lines += [
-            f"## {kernel.title}, D = {kernel.head}",
-            "",
-            f"`{kernel.name}`, tiles of {kernel.rows} x {kernel.keys}. Cycles of each unit for a tile:",
-            "",
-            *table(("GPU", "cycles a tile, predicted"), bound_rows(kernel)),
-            "",
-            *wider(kernel),
-        ]
+    for op in OPS:
+        lines += [f"## {op.title}, D = {op.head}", ""]
+        for kernel in op.kernels:
+            lines += [
+                f"`{kernel.name}`, tiles of {kernel.rows} x {kernel.keys}. Cycles of each unit for a tile:",
+                "",
+                *table(("GPU", "cycles a tile, predicted"), bound_rows(kernel)),
+                "",
+            ]
+        lines += remarks(op)
         for gpu in GPUS:
-            best = f"; published: {BEST[gpu.name]}" if gpu.name in BEST and kernel.tensor_cores else ""
-            lines += [gpu.name + best + ":", "", *table(columns, prediction_rows(kernel, gpu)), ""]
+            figure = BEST.get((gpu.name, op.backward)) if op.kernels[0].tensor_cores else None
+            best = f"; published: {figure}" if figure else ""
+            lines += [gpu.name + best + ":", "", *table(columns, prediction_rows(op, gpu)), ""]
     lines += [PEERS, *table(("kernel", "architecture", "KiB of code", *COUNTED), mix_rows(budget)), ""]
     return "\n".join(lines)
 

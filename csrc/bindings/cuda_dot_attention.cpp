@@ -23,23 +23,18 @@ py::object dot_attention_workspace(PyObject* const* items, Py_ssize_t given) {
 
 // For reports. The output is a new tensor.
 py::object dot_attention_kernel(PyObject* const* items, Py_ssize_t given) {
-  ArgReader args("dot_attention_kernel", items, given, 3, kDevice);
+  ArgReader args("dot_attention_kernel", items, given, 4, kDevice);
   const TensorView query = args.tensor("query");
   const TensorView key = args.tensor("key");
   const TensorView value = args.tensor("value");
   CallOf<DotAttentionParams> call;
+  call.params.tf32 = args.integer("tf32") != 0;
   call.set_inputs(query, key, value);
-  DotAttentionParams& p = call.params;
-  p.out.dtype = p.query.dtype;
-  p.out.stride[3] = 1;
-  p.out.stride[2] = p.value_size;
-  p.out.stride[1] = p.query_tokens * p.value_size;
-  p.out.stride[0] = p.heads * p.out.stride[1];
-  return py::str(cuda::dot_attention_kernel_name(p));
+  return py::str(cuda::dot_attention_kernel_name(call.params));
 }
 
 py::object dot_attention_fwd(PyObject* const* items, Py_ssize_t given) {
-  ArgReader args("dot_attention_fwd", items, given, 28, kDevice);
+  ArgReader args("dot_attention_fwd", items, given, 29, kDevice);
   const TensorView query = args.tensor("query");
   const TensorView key = args.tensor("key");
   const TensorView value = args.tensor("value");
@@ -49,6 +44,7 @@ py::object dot_attention_fwd(PyObject* const* items, Py_ssize_t given) {
   Modifiers modifiers;
   modifiers.read(args, call.params, &call.params.scale);
   const TensorView workspace = args.optional_tensor("workspace");
+  call.params.tf32 = args.integer("tf32") != 0;
 
   call.set_inputs(query, key, value);
   call.set_results(results);
@@ -64,7 +60,7 @@ py::object dot_attention_fwd(PyObject* const* items, Py_ssize_t given) {
 }
 
 py::object dot_attention_bwd(PyObject* const* items, Py_ssize_t given) {
-  ArgReader args("dot_attention_bwd", items, given, 38, kDevice);
+  ArgReader args("dot_attention_bwd", items, given, 39, kDevice);
   const TensorView grad_out = args.tensor("grad_out");
   const TensorView query = args.tensor("query");
   const TensorView key = args.tensor("key");
@@ -80,6 +76,7 @@ py::object dot_attention_bwd(PyObject* const* items, Py_ssize_t given) {
   Modifiers modifiers;
   modifiers.read(args, call.params, &call.params.scale);
   const int64_t threads = args.integer("threads");
+  call.params.tf32 = args.integer("tf32") != 0;
 
   DotAttentionParams& params = call.params;
   call.set_inputs(query, key, value);

@@ -13,8 +13,8 @@ namespace attnfast {
 namespace {
 
 PyMethodDef g_functions[] = {
-    op_function<dot_attention_kernel>("dot_attention_kernel"),
     op_function<dot_attention_workspace>("dot_attention_workspace"),
+    op_function<dot_attention_kernel>("dot_attention_kernel"),
     op_function<dot_attention_fwd>("dot_attention_fwd"),
     op_function<dot_attention_bwd>("dot_attention_bwd"),
     op_function<additive_attention_workspace>("additive_attention_workspace"),

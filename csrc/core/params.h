@@ -6,7 +6,9 @@
 
 namespace attnfast {
 
-enum class DType : int32_t { kFloat64, kFloat32, kBFloat16, kFloat16, kBool, kInt64, kInt8 };
+// kTf32 is float32 whose elements are rounded to tf32 when they are read: operands of a call on CUDA that allows it.
+// Python has no such tensors.
+enum class DType : int32_t { kFloat64, kFloat32, kBFloat16, kFloat16, kBool, kInt64, kInt8, kTf32 };
 
 // How row q and column k line up when T_q != T_k.
 enum class Causal : int32_t { kNone = 0, kTopLeft = 1, kBottomRight = 2 };
@@ -85,6 +87,7 @@ struct AttentionParams {
 // The dot core: score = scale * query . key.
 struct DotAttentionParams : AttentionParams {
   double scale = 1.0;
+  bool tf32 = false;  // CUDA only: operands in float32 may be rounded to tf32, for tensor cores
 };
 
 // The additive core: score = sum_d weight_d tanh(query_d + key_d + score_bias_d).

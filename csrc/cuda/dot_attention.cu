@@ -1,6 +1,7 @@
 // Which kernels take a forward of the dot core, and how it is cut into blocks.
 #include "cuda/dot_attention.h"
 
+#include "cuda/device/mma_tiles.cuh"
 #include "cuda/launch.h"
 
 namespace attnfast::cuda {
@@ -42,8 +43,18 @@ DotAttentionParams with_grouped_heads(const DotAttentionParams& params, int64_t 
 
 }  // namespace
 
-const char* dot_attention_kernel_name(const DotAttentionParams& p) {
-  return dot_attention_mma_takes(p) ? "dot_attention_mma" : "dot_attention_fma";
+DotAttentionParams with_rounded_operands(const DotAttentionParams& params) {
+  DotAttentionParams p = params;
+  const int64_t chunk = mma_chunk(DType::kTf32);
+  if (p.tf32 && p.query.dtype == DType::kFloat32 && mma_has_sizes(p) && rows_are_aligned(p.query, p.head_size, chunk) &&
+      rows_are_aligned(p.key, p.head_size, chunk) && rows_are_aligned(p.value, p.value_size, chunk)) {
+    p.query.dtype = p.key.dtype = p.value.dtype = DType::kTf32;
+  }
+  return p;
+}
+
+const char* dot_attention_kernel_name(const DotAttentionParams& params) {
+  return dot_attention_mma_takes(with_rounded_operands(params)) ? "dot_attention_mma" : "dot_attention_fma";
 }
 
 int64_t dot_attention_workspace(const DotAttentionParams& p) {
@@ -51,8 +62,9 @@ int64_t dot_attention_workspace(const DotAttentionParams& p) {
   return parts.splits > 1 ? parts.splits * parts.rows * (p.value_size + 2) : 0;
 }
 
-void dot_attention_fwd(const DotAttentionParams& params, void* workspace, void* stream) {
-  if (params.batch == 0 || params.heads == 0) return;
+void dot_attention_fwd(const DotAttentionParams& given, void* workspace, void* stream) {
+  if (given.batch == 0 || given.heads == 0) return;
+  const DotAttentionParams params = with_rounded_operands(given);
   if (params.query_tokens > 0) {
     Parts parts = parts_of(params);
     parts.partial = workspace;

@@ -7,7 +7,7 @@
 
 namespace attnfast::cuda {
 
-// The kernel that a call takes, for reports.
+// The kernel that a call takes, for reports; without params.out, which may be any that is allocated for it.
 const char* dot_attention_kernel_name(const DotAttentionParams& params);
 
 // How many Reals of workspace a forward needs; from the shapes alone.
@@ -17,6 +17,11 @@ int64_t dot_attention_workspace(const DotAttentionParams& params);
 // naming kernel and shape if it cannot be launched. Lengths and offsets are cut to the tensors: checking them here
 // would wait for the device.
 void dot_attention_fwd(const DotAttentionParams& params, void* workspace, void* stream);
+
+// Where the call allows tf32 and its queries, keys and values suit tensor cores, their dtype becomes kTf32. All kernels
+// of a call, forward and backward, then round these operands alike, also those without tensor cores: weights and
+// gradients form the scores again that the log-sum-exp was made of.
+DotAttentionParams with_rounded_operands(const DotAttentionParams& params);
 
 // The kernels, each with what it takes; dot_attention_fwd chooses.
 bool dot_attention_mma_takes(const DotAttentionParams& params);

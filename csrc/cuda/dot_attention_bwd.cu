@@ -127,11 +127,13 @@ void rows_and_sink(const DotAttentionParams& p, Stream stream) {
 
 }  // namespace
 
-const char* dot_attention_bwd_kernel_name(const DotAttentionParams& p) {
-  return dot_attention_mma_bwd_takes(p) ? "dot_attention_bwd_mma" : "dot_attention_bwd_fma";
+const char* dot_attention_bwd_kernel_name(const DotAttentionParams& params) {
+  const bool takes = dot_attention_mma_bwd_takes(with_rounded_operands(params));
+  return takes ? "dot_attention_bwd_mma" : "dot_attention_bwd_fma";
 }
 
-void dot_attention_bwd(const DotAttentionParams& p, void* stream) {
+void dot_attention_bwd(const DotAttentionParams& given, void* stream) {
+  const DotAttentionParams p = with_rounded_operands(given);
   if (p.query.dtype == DType::kFloat64)
     rows_and_sink<double>(p, static_cast<Stream>(stream));
   else

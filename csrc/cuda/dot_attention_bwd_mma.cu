@@ -1,11 +1,12 @@
-// Gradients of the dot core on tensor cores, bfloat16 and float16; the formulas and the two passes are those of
-// dot_attention_bwd_fma.cu.
+// Gradients of the dot core on tensor cores, bfloat16, float16 and float32 as tf32; the formulas and the two passes are
+// those of dot_attention_bwd_fma.cu.
 //
-// A warp has 16 of the 64 rows that its block owns: queries for dQ, keys for dK and dV. Tiles of the other side come by
-// cp.async into two buffers, the next while the last is used, in the pass by keys with what a query brings
-// (gradients.cuh) beside them. Both products of a tile, own rows times the tile's, stay in registers: their C
-// fragments, made into probabilities and score gradients and rounded to 16 bits, are the A fragments of what is added
-// to the sums. In the pass by keys the products are those of K Q^T and V dO^T, so that nothing is transposed.
+// A warp has 16 of the 64 rows (32 in tf32 above D = 128) that its block owns: queries for dQ, keys for dK and dV.
+// Tiles of the other side come by cp.async into two buffers, the next while the last is used, in the pass by keys with
+// what a query brings (gradients.cuh) beside them; where shared memory has place for one buffer, the next is asked for
+// when the last is done. Both products of a tile, own rows times the tile's, stay in registers: their C fragments, made
+// into probabilities and score gradients and rounded, are the A fragments of what is added to the sums. In the pass by
+// keys the products are those of K Q^T and V dO^T, so that nothing is transposed.
 #include "cuda/device/gradients.cuh"
 #include "cuda/device/mma_tiles.cuh"
 #include "cuda/dot_attention.h"
@@ -16,56 +17,59 @@ namespace {
 
 enum Sums { kFirst = 1, kSecond = 2, kBoth = 3 };  // dK or dQ; dV
 
-template <int kHead, bool kByKeys>
+template <class T, int kHead, bool kByKeys>
 struct Plan {
-  static constexpr int kTile = kHead <= 128 ? 32 : 16;
+  static constexpr bool kWide = T::kChunk == 4;
+  static constexpr int kTile = kHead <= (kWide ? 64 : 128) ? 32 : 16;
+  static constexpr int kBuffers = kWide && kHead > 128 ? 1 : 2;
   static constexpr int kValues = kByKeys ? 3 * kTile : 0;  // floats beside the two tiles of a buffer
-  // What a block has is in shared memory too, because registers are short.
-  static constexpr int kSharedBytes = (2 * kMmaRows + 4 * kTile) * kHead * 2 + 2 * kValues * 4 + sizeof(GradientBlock);
+  static constexpr int kElements = 2 * (T::kRows + kBuffers * kTile) * kHead;
+  static constexpr size_t kSharedBytes =
+      kElements * sizeof(typename T::Element) + kBuffers * kValues * sizeof(float) + sizeof(GradientBlock);
 };
 
 template <class T, int kHead, bool kByKeys, int kSums>
-__global__ void __launch_bounds__(kMmaThreads, 2) dot_attention_bwd_mma_kernel(DotAttentionParams p) {
-  using P = Plan<kHead, kByKeys>;
+__global__ void __launch_bounds__(T::kThreads, 2) dot_attention_bwd_mma_kernel(DotAttentionParams p) {
+  using P = Plan<T, kHead, kByKeys>;
+  using Element = typename T::Element;
   constexpr int kTile = P::kTile, kTileElements = kTile * kHead;
   ATTNFAST_SHARED(shared);
-  uint16_t* own_first = reinterpret_cast<uint16_t*>(shared);  // K or Q
-  uint16_t* own_second = own_first + kMmaRows * kHead;        // V or dO
-  uint16_t* tiles = own_second + kMmaRows * kHead;            // twice: Q, dO or K, V
-  float* tile_values = reinterpret_cast<float*>(tiles + 4 * kTileElements);
+  Element* own_first = reinterpret_cast<Element*>(shared);  // K or Q
+  Element* own_second = own_first + T::kRows * kHead;       // V or dO
+  Element* tiles = own_second + T::kRows * kHead;           // for each buffer: Q, dO or K, V
+  float* tile_values = reinterpret_cast<float*>(tiles + 2 * P::kBuffers * kTileElements);
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int g = lane / 4, t = lane % 4;
-  GradientBlock& block = *reinterpret_cast<GradientBlock*>(tile_values + 2 * P::kValues);
-  const GradientBlock found = gradient_block<kByKeys>(p, kMmaRows, kTile, blockIdx.x);
+  // In shared memory, because registers are short. What changes from tile to tile, the head and the tile's queries by
+  // keys, is there from the barrier before a tile's products to the one after its sums.
+  GradientBlock& block = *reinterpret_cast<GradientBlock*>(tile_values + P::kBuffers * P::kValues);
+  const GradientBlock found = gradient_block<kByKeys>(p, T::kRows, kTile, blockIdx.x);
   if (threadIdx.x == 0) block = found;
   __syncthreads();
   const Sequence& sequence = block.rows.sequence;
-  const int64_t b = sequence.tensor_batch, kv_head = block.rows.kv_head;
   const bool modified = is_modified(p);
 
   const Tensor4 &own_x = kByKeys ? p.key : p.query, &own_y = kByKeys ? p.value : p.grad_out;
   const Tensor4 &tile_x = kByKeys ? p.query : p.key, &tile_y = kByKeys ? p.grad_out : p.value;
-  const int64_t own_head = kByKeys ? kv_head : block.rows.head;
-  const auto own_row = [&](const Tensor4& t, int64_t i) {
-    return offset4(t, b, own_head, (kByKeys ? sequence.key_begin : sequence.query_begin) + i, 0);
+  const auto own_head = [&] { return kByKeys ? block.rows.kv_head : block.rows.head; };
+  const auto own_token = [&](int64_t i) { return (kByKeys ? sequence.key_begin : sequence.query_begin) + i; };
+  const auto copy = [&](Element* to, const Tensor4& from, int64_t head, int64_t token, int64_t first, int rows,
+                        int64_t end, int64_t size) {
+    copy_rows<T, kHead>(to,
+                        static_cast<const Element*>(from.data) + offset4(from, sequence.tensor_batch, head, token, 0),
+                        from.stride[2], first, rows, end, size);
   };
-  const auto tile_row = [&](const Tensor4& t, int64_t h) {
-    return offset4(t, b, h, kByKeys ? sequence.query_begin : sequence.key_begin, 0);
-  };
-  copy_rows<kHead>(own_first, static_cast<const uint16_t*>(own_x.data) + own_row(own_x, 0), own_x.stride[2], block.own,
-                   kMmaRows, block.own_valid, p.head_size);
-  copy_rows<kHead>(own_second, static_cast<const uint16_t*>(own_y.data) + own_row(own_y, 0), own_y.stride[2], block.own,
-                   kMmaRows, block.own_valid, p.value_size);
+  copy(own_first, own_x, own_head(), own_token(0), block.own, T::kRows, block.own_valid, p.head_size);
+  copy(own_second, own_y, own_head(), own_token(0), block.own, T::kRows, block.own_valid, p.value_size);
   const auto start_tile = [&](int64_t head, int64_t first, int buffer) {
-    const int64_t end = kByKeys ? sequence.queries : sequence.keys, h = kByKeys ? head : kv_head;
-    uint16_t* to = tiles + buffer * 2 * kTileElements;
-    copy_rows<kHead>(to, static_cast<const uint16_t*>(tile_x.data) + tile_row(tile_x, h), tile_x.stride[2], first,
-                     kTile, end, p.head_size);
-    copy_rows<kHead>(to + kTileElements, static_cast<const uint16_t*>(tile_y.data) + tile_row(tile_y, h),
-                     tile_y.stride[2], first, kTile, end, p.value_size);
+    const int64_t end = kByKeys ? sequence.queries : sequence.keys, h = kByKeys ? head : block.rows.kv_head;
+    const int64_t token = kByKeys ? sequence.query_begin : sequence.key_begin;
+    Element* to = tiles + buffer * 2 * kTileElements;
+    copy(to, tile_x, h, token, first, kTile, end, p.head_size);
+    copy(to + kTileElements, tile_y, h, token, first, kTile, end, p.value_size);
     if constexpr (kByKeys) {
       const float* values = static_cast<const float*>(p.delta) + row_index(p, sequence, head, 0);
-      for (int i = static_cast<int>(threadIdx.x); i < P::kValues; i += kMmaThreads) {
+      for (int i = static_cast<int>(threadIdx.x); i < P::kValues; i += T::kThreads) {
         const int64_t q = first + i % kTile;
         const bool valid = q < end;
         ptx::copy_async_4(tile_values + buffer * P::kValues + i,
@@ -73,8 +77,7 @@ __global__ void __launch_bounds__(kMmaThreads, 2) dot_attention_bwd_mma_kernel(D
       }
     }
   };
-  int64_t head = found.rows.head;
-  if (block.begin < block.end) start_tile(head, block.begin, 0);
+  if (block.begin < block.end) start_tile(found.rows.head, block.begin, 0);
   ptx::copy_async_commit();
 
   QueryValues<float> own_values[2] = {};
@@ -86,73 +89,92 @@ __global__ void __launch_bounds__(kMmaThreads, 2) dot_attention_bwd_mma_kernel(D
   }
   float center[2] = {};
   float sum_first[kSums & kFirst ? kHead / 8 : 1][4], sum_second[kSums & kSecond ? kHead / 8 : 1][4];
-#pragma unroll
-  for (int n = 0; n < kHead / 8; ++n) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if constexpr (kSums & kFirst) sum_first[n][i] = 0;
-      if constexpr (kSums & kSecond) sum_second[n][i] = 0;
-    }
-  }
+  if constexpr (kSums & kFirst) clear<kHead / 8>(sum_first);
+  if constexpr (kSums & kSecond) clear<kHead / 8>(sum_second);
 
   int buffer = 0, heads_left = static_cast<int>(block.heads);
-  int64_t first = block.begin;
-  while (first < block.end) {
+  int64_t first = block.begin, head = found.rows.head;
+  const auto start_next = [&](int buffer) {
     if (first + kTile < block.end) {
-      start_tile(head, first + kTile, buffer ^ 1);
-    } else if (heads_left > 1) {
-      start_tile(head + 1, block.begin, buffer ^ 1);
+      start_tile(head, first + kTile, buffer);
+    } else if (kByKeys && heads_left > 1) {
+      start_tile(head + 1, block.begin, buffer);
     }
-    if (threadIdx.x == 0) enter_tile<kByKeys>(p, block, head, first, kTile);
     ptx::copy_async_commit();
-    ptx::copy_async_wait<1>();  // all but the tile that was just asked for
+  };
+  while (first < block.end) {
+    if (threadIdx.x == 0) enter_tile<kByKeys>(p, block, head, first, kTile);
+    if constexpr (P::kBuffers == 2) start_next(buffer ^ 1);
+    ptx::copy_async_wait<P::kBuffers - 1>();  // all but the tile that was just asked for
     __syncthreads();
-    uint16_t* tile_first = tiles + buffer * 2 * kTileElements;
-    uint16_t* tile_second = tile_first + kTileElements;
-    const bool plain = !modified && sees_tile<kByKeys>(block, first, kMmaRows, kTile);
+    Element* tile_first = tiles + buffer * 2 * kTileElements;
+    Element* tile_second = tile_first + kTileElements;
+    const bool plain = !modified && sees_tile<kByKeys>(block, first, T::kRows, kTile);
 
-    float product[kTile / 8][4], grad[kTile / 8][4];
+    float both[2 * kTile / 8][4];
+    float (*product)[4] = both, (*grad)[4] = both + kTile / 8;
     multiply_rows<T, kHead, kTile>(own_first + warp * 16 * kHead, tile_first, product);
     if constexpr (kSums & kFirst) {
       multiply_rows<T, kHead, kTile>(own_second + warp * 16 * kHead, tile_second, grad);
     } else {
-#pragma unroll
-      for (int n = 0; n < kTile / 8; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) grad[n][i] = 0;
+      clear<kTile / 8>(grad);
     }
-    if constexpr (kByKeys) {
-      const float* values = tile_values + buffer * P::kValues;
+    // What query `column` of the tile brings, by keys.
+    const auto values_of = [&](int column) {
+      const float* values = tile_values + buffer * P::kValues + column;
+      return QueryValues<float>{values[kDeltaPlane * kTile], values[kBasePlane * kTile], values[kLogPlane * kTile]};
+    };
+    if (plain && !has_factor(p) && !p.grad_weights.data) {
+      const float scale = static_cast<float>(p.scale * kLog2e);
 #pragma unroll
       for (int n = 0; n < kTile / 8; ++n) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const int column = n * 8 + 2 * t + e;
-          const QueryValues<float> of_query = {values[kDeltaPlane * kTile + column],
-                                               values[kBasePlane * kTile + column], values[kLogPlane * kTile + column]};
-          TileRow<float> row = {};
-          if (!plain) row = tile_row_of<float>(p, block.rows, modified, first + column, block.own, kMmaRows);
+          QueryValues<float> of_query = {};
+          if constexpr (kByKeys) of_query = values_of(n * 8 + 2 * t + e);
 #pragma unroll
           for (int r = 0; r < 2; ++r) {
-            differentiate(p, block.rows, row, of_query, plain, modified, true, first + column, block.own,
-                          warp * 16 + g + 8 * r, product[n][2 * r + e], grad[n][2 * r + e], center[r]);
+            differentiate_plain(kByKeys ? of_query : own_values[r], scale, product[n][2 * r + e], grad[n][2 * r + e]);
           }
         }
       }
     } else {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int64_t q = block.own + warp * 16 + g + 8 * r;
-        TileRow<float> row = {};
-        if (!plain) row = tile_row_of<float>(p, block.rows, modified, q, first, kTile);
-#pragma unroll
-        for (int n = 0; n < kTile / 8; ++n) {
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            differentiate(p, block.rows, row, own_values[r], plain, modified, true, q, first, n * 8 + 2 * t + e,
-                          product[n][2 * r + e], grad[n][2 * r + e], center[r]);
-          }
-        }
+      const int thread = ptx::unknown(static_cast<int>(threadIdx.x));
+      const int own = thread / 32 * 16 + thread % 32 / 4;
+      TileRow<float> row = {};
+      QueryValues<float> of_query = {};
+      int64_t q = 0;
+      float center_of_row = 0;
+      if constexpr (kByKeys) {
+        for_each_by_columns<kTile / 8, 2>(
+            both,
+            [&](int column) {
+              q = first + column;
+              of_query = values_of(column);
+              row = tile_row_of<float>(p, block.rows, modified, q, block.own, T::kRows);
+            },
+            [&](int r, float* values) {
+              differentiate(p, block.rows, row, of_query, false, modified, true, q, block.own, own + 8 * r, values[0],
+                            values[1], center_of_row);
+            });
+      } else {
+        for_each_by_rows<kTile / 8, 2>(
+            both,
+            [&](int r) {
+              q = block.own + own + 8 * r;
+              of_query = own_values[0];
+              if (r == 1) {
+                of_query = own_values[1];
+                center[0] += center_of_row;
+                center_of_row = 0;
+              }
+              row = tile_row_of<float>(p, block.rows, modified, q, first, kTile);
+            },
+            [&](int column, float* values) {
+              differentiate(p, block.rows, row, of_query, false, modified, true, q, first, column, values[0], values[1],
+                            center_of_row);
+            });
+        center[1] += center_of_row;
       }
     }
 
@@ -165,10 +187,13 @@ __global__ void __launch_bounds__(kMmaThreads, 2) dot_attention_bwd_mma_kernel(D
     if constexpr (kSums & kFirst) add_weighted_rows<T, kHead, kTile>(grad, tile_first, sum_first);
     if constexpr (kSums & kSecond) add_weighted_rows<T, kHead, kTile>(product, tile_second, sum_second);
     __syncthreads();  // this tile's buffer is the next to be filled
-    buffer ^= 1;
+    if constexpr (P::kBuffers == 2)
+      buffer ^= 1;
+    else
+      start_next(0);
     first += kTile;
     if (first < block.end) continue;
-    if (--heads_left == 0) break;
+    if (!kByKeys || --heads_left == 0) break;  // one head, of which registers need not know
     first = block.begin;
     ++head;
   }
@@ -180,13 +205,8 @@ __global__ void __launch_bounds__(kMmaThreads, 2) dot_attention_bwd_mma_kernel(D
     for (int r = 0; r < 2; ++r) {
       const int64_t i = block.own + warp * 16 + g + 8 * r;
       if (i >= block.own_end) continue;
-      uint16_t* row = static_cast<uint16_t*>(to.data) + own_row(to, i);
-#pragma unroll
-      for (int n = 0; n < kHead / 8; ++n) {
-        const int c = n * 8 + 2 * t;
-        if (c >= size) continue;
-        *reinterpret_cast<uint32_t*>(row + c) = T::pack(sum[n][2 * r] * factor, sum[n][2 * r + 1] * factor);
-      }
+      Element* row = static_cast<Element*>(to.data) + offset4(to, sequence.tensor_batch, own_head(), own_token(i), 0);
+      store_sums<T, kHead>(row, r, sum, size, factor);
     }
   };
   const float scale = static_cast<float>(p.scale);
@@ -207,11 +227,11 @@ __global__ void __launch_bounds__(kMmaThreads, 2) dot_attention_bwd_mma_kernel(D
 template <class T, int kHead, bool kByKeys, int kSums>
 void launch_pass(const DotAttentionParams& p, Stream stream) {
   constexpr const char* kName = "dot_attention_bwd_mma";
-  constexpr size_t kBytes = Plan<kHead, kByKeys>::kSharedBytes;
-  const unsigned blocks = checked_grid(p, gradient_blocks<kByKeys>(p, kMmaRows), kName);
+  constexpr size_t kBytes = Plan<T, kHead, kByKeys>::kSharedBytes;
+  const unsigned blocks = checked_grid(p, gradient_blocks<kByKeys>(p, T::kRows), kName);
   if (blocks == 0) return;
   allow_shared(dot_attention_bwd_mma_kernel<T, kHead, kByKeys, kSums>, kBytes, kName, p);
-  ATTNFAST_LAUNCH((dot_attention_bwd_mma_kernel<T, kHead, kByKeys, kSums>), blocks, kMmaThreads, kBytes, stream, p);
+  ATTNFAST_LAUNCH((dot_attention_bwd_mma_kernel<T, kHead, kByKeys, kSums>), blocks, T::kThreads, kBytes, stream, p);
   check_launched(kName, p);
 }
 
@@ -226,7 +246,7 @@ void launch(const DotAttentionParams& p, Stream stream) {
   }
 }
 
-template <class T>
+template <class T, class Largest = T>
 void launch_by_size(const DotAttentionParams& p, Stream stream) {
   const int64_t size = p.head_size > p.value_size ? p.head_size : p.value_size;
   if (size <= 64)
@@ -234,24 +254,26 @@ void launch_by_size(const DotAttentionParams& p, Stream stream) {
   else if (size <= 128)
     launch<T, 128>(p, stream);
   else
-    launch<T, 256>(p, stream);
+    launch<Largest, 256>(p, stream);
 }
 
 }  // namespace
 
 bool dot_attention_mma_bwd_takes(const DotAttentionParams& p) {
-  const auto takes = [](const Tensor4& x, int64_t size) { return !x.data || rows_are_aligned(x, size); };
-  return (p.query.dtype == DType::kBFloat16 || p.query.dtype == DType::kFloat16) && p.head_size > 0 &&
-         p.value_size > 0 && p.head_size <= 256 && p.value_size <= 256 && takes(p.query, p.head_size) &&
-         takes(p.key, p.head_size) && takes(p.value, p.value_size) && takes(p.grad_out, p.value_size) &&
-         takes(p.grad_query, p.head_size) && takes(p.grad_key, p.head_size) && takes(p.grad_value, p.value_size);
+  const int64_t chunk = mma_chunk(p.query.dtype);
+  const auto takes = [&](const Tensor4& x, int64_t size) { return !x.data || rows_are_aligned(x, size, chunk); };
+  return chunk > 0 && mma_has_sizes(p) && takes(p.query, p.head_size) && takes(p.key, p.head_size) &&
+         takes(p.value, p.value_size) && takes(p.grad_out, p.value_size) && takes(p.grad_query, p.head_size) &&
+         takes(p.grad_key, p.head_size) && takes(p.grad_value, p.value_size);
 }
 
 void dot_attention_mma_bwd(const DotAttentionParams& p, void* stream) {
   if (p.query.dtype == DType::kBFloat16)
     launch_by_size<MmaBFloat16>(p, static_cast<Stream>(stream));
-  else
+  else if (p.query.dtype == DType::kFloat16)
     launch_by_size<MmaFloat16>(p, static_cast<Stream>(stream));
+  else
+    launch_by_size<MmaTf32, MmaTf32Half>(p, static_cast<Stream>(stream));
 }
 
 }  // namespace attnfast::cuda

@@ -66,6 +66,14 @@ ATTNFAST_DEVICE void ldmatrix_x2_trans(uint32_t* r, const void* row) {
                : "memory");
 }
 
+// 16 bytes from shared memory, by each lane of a warp together: the emulator counts bank conflicts.
+ATTNFAST_DEVICE void load_shared_x4(uint32_t* r, const void* from) {
+  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(from))
+               : "memory");
+}
+
 // ---- Asynchronous copies --------------------------------------------------------------------------------------
 // 16 bytes to shared memory, past the first-level cache; zeros where not `valid`, and the source is then not read.
 ATTNFAST_DEVICE void copy_async_16(void* to, const void* from, bool valid) {
@@ -120,6 +128,13 @@ ATTNFAST_DEVICE double rounded(double x) {
   return x;
 }
 
+// x, of which the compiler knows nothing here: what is computed from it is not computed ahead, outside of a loop, where
+// it would take a register for all of the loop.
+ATTNFAST_DEVICE int unknown(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // ---- Conversions: 16-bit floats are held as their bits ---------------------------------------------------------
 ATTNFAST_DEVICE uint32_t pack_bf16(float low, float high) {
   uint32_t bits;
@@ -137,6 +152,9 @@ ATTNFAST_DEVICE float widen_f16(uint16_t bits) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
   return x;
 }
+ATTNFAST_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
+ATTNFAST_DEVICE uint32_t as_bits(float x) { return __float_as_uint(x); }
+// To nearest, ties away from zero: the only rounding that all architectures have. The low 13 bits are zero then.
 ATTNFAST_DEVICE uint32_t to_tf32(float x) {
   uint32_t bits;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));

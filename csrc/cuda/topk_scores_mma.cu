@@ -63,7 +63,7 @@ ATTNFAST_DEVICE void load_piece(uint16_t* to, const Tensor4& from, bool aligned,
     const bool there = first + row < end && c < size;
     const uint16_t* data =
         static_cast<const uint16_t*>(from.data) + (first + row) * from.stride[2] + c * from.stride[3];
-    uint16_t* at = to + swizzled_at<kColumns>(row, chunk);
+    uint16_t* at = to + swizzled_at<MmaHalf, kColumns>(row, chunk);
     if (aligned && there && c + 8 <= size) {
       ptx::copy_async_16(at, data, true);
       continue;
@@ -142,14 +142,15 @@ __global__ void __launch_bounds__(kMmaThreads, 4)
         uint32_t b[P::kQueryTiles][4];
 #pragma unroll
         for (int n = 0; n < P::kQueryTiles; ++n) {
-          ptx::ldmatrix_x4(b[n], query_tile + swizzled_at<kColumns>(n * 8 + lane % 8, 4 * k + lane / 8));
+          ptx::ldmatrix_x4(b[n], query_tile + swizzled_at<MmaHalf, kColumns>(n * 8 + lane % 8, 4 * k + lane / 8));
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half)
 #pragma unroll
           for (int m = 0; m < P::kSlotTiles; ++m) {
             uint32_t a[4];
-            ptx::ldmatrix_x4(a, key_tile + swizzled_at<kColumns>(m * 16 + lane % 16, 4 * k + 2 * half + lane / 16));
+            ptx::ldmatrix_x4(
+                a, key_tile + swizzled_at<MmaHalf, kColumns>(m * 16 + lane % 16, 4 * k + 2 * half + lane / 16));
 #pragma unroll
             for (int n = 0; n < P::kQueryTiles; ++n) T::mma(score[m][n], a, b[n] + 2 * half);
           }

@@ -36,10 +36,13 @@ void warp_sync(uint32_t mask, Place place);
 
 // ---- Tensor cores ----------------------------------------------------------------------------------------------
 enum class MmaType { kBFloat16, kFloat16, kTf32 };
-// d += a b for a 16 x 8 tile d; inner size 16 (bfloat16, float16) or 8 (tf32).
+// d += a b for a 16 x 8 tile d; inner size 16 (bfloat16, float16) or 8 (tf32). What a tensor core makes of a float32
+// that is no tf32 is not defined: it is reported.
 void mma(MmaType type, float* d, const uint32_t* a, const uint32_t* b, Place place);
 // `count` (1, 2 or 4) matrices of 8 x 8 elements of 16 bits; lane 8 m + r points to row r of matrix m.
 void ldmatrix(uint32_t* registers, int count, bool transposed, const void* row, Place place);
+// 16 bytes, by each lane of a warp together, so that bank conflicts can be counted.
+void load_shared_x4(uint32_t* registers, const void* from, Place place);
 
 // ---- Asynchronous copies ---------------------------------------------------------------------------------------
 // `bytes` (4, 8 or 16) to shared memory, of which the first `valid` come from `source` and the rest are zero.

@@ -1,6 +1,8 @@
 // The names of cuda/ptx.cuh for a kernel that runs under the emulator. Each takes the kernel's line along.
 #pragma once
 
+#include <bit>
+
 #include "simt/device.h"
 
 #define ATTNFAST_DEVICE inline
@@ -32,6 +34,9 @@ inline void ldmatrix_x2(uint32_t* r, const void* row, ATTNFAST_SIMT_HERE) {
 }
 inline void ldmatrix_x2_trans(uint32_t* r, const void* row, ATTNFAST_SIMT_HERE) {
   simt::ldmatrix(r, 2, true, row, ATTNFAST_SIMT_PLACE);
+}
+inline void load_shared_x4(uint32_t* r, const void* from, ATTNFAST_SIMT_HERE) {
+  simt::load_shared_x4(r, from, ATTNFAST_SIMT_PLACE);
 }
 
 inline void copy_async_16(void* to, const void* from, bool valid, ATTNFAST_SIMT_HERE) {
@@ -67,6 +72,11 @@ inline double rounded(double x) {
   return x;
 }
 
+inline int unknown(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 inline uint32_t pack_bf16(float low, float high) {
   return simt::to_bfloat16(low) | static_cast<uint32_t>(simt::to_bfloat16(high)) << 16;
 }
@@ -75,11 +85,8 @@ inline uint32_t pack_f16(float low, float high) {
 }
 inline float widen_bf16(uint16_t bits) { return simt::from_bfloat16(bits); }
 inline float widen_f16(uint16_t bits) { return simt::from_float16(bits); }
-inline uint32_t to_tf32(float x) {
-  const float rounded = simt::to_tf32(x);
-  uint32_t bits;
-  std::memcpy(&bits, &rounded, sizeof(bits));
-  return bits;
-}
+inline float as_float(uint32_t bits) { return std::bit_cast<float>(bits); }
+inline uint32_t as_bits(float x) { return std::bit_cast<uint32_t>(x); }
+inline uint32_t to_tf32(float x) { return as_bits(simt::to_tf32(x)); }
 
 }  // namespace attnfast::ptx

@@ -46,7 +46,7 @@ uint32_t seed();
 // What the launches of this process have done since reset_counters().
 struct Counters {
   uint64_t launches = 0, blocks = 0, switches = 0, barriers = 0, mma = 0, ldmatrix = 0, async_copies = 0;
-  uint64_t bank_conflicts = 0;  // of ldmatrix: extra passes over shared memory
+  uint64_t bank_conflicts = 0;  // of ldmatrix and load_shared_x4: further passes over shared memory
 };
 const Counters& counters();
 void reset_counters();

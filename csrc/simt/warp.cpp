@@ -48,17 +48,24 @@ struct LdmatrixSlot {
   uint16_t result[8];
 };
 
+constexpr uint32_t kCanonicalNaN = 0x7FFFFFFFu;  // PTX's, in 32 bits
+
 uint16_t half_of(const uint32_t* registers, int i) { return static_cast<uint16_t>(registers[i / 2] >> (i % 2 * 16)); }
 
 float widen(MmaType type, uint16_t bits) {
   return type == MmaType::kBFloat16 ? from_bfloat16(bits) : from_float16(bits);
 }
 
-// What a tensor core reads of a float32 register as tf32: the low 13 bits do not take part.
-float tf32_of(uint32_t bits) {
-  bits &= 0xFFFFE000u;
+// A float32 register as tf32. The low 13 bits must be zero, or the number what cvt makes of a NaN: what a tensor core
+// does with them is not defined.
+float tf32_of(uint32_t bits, const Lane& lane) {
   float x;
   std::memcpy(&x, &bits, sizeof(x));
+  if ((bits & 0x1FFFu) != 0 && bits != kCanonicalNaN) {
+    char text[64];
+    std::snprintf(text, sizeof(text), "0x%08X has not been rounded to tf32", bits);
+    fail(describe(lane) + " in " + lane.operation + ": " + text);
+  }
   return x;
 }
 
@@ -70,8 +77,8 @@ void do_mma(Lane* const* warp, uint32_t) {
     const MmaSlot& mine = slot<MmaSlot>(warp, lane);
     const int g = lane / 4, t = lane % 4;
     if (type == MmaType::kTf32) {
-      for (int i = 0; i < 4; ++i) a[g + i % 2 * 8][t + i / 2 * 4] = tf32_of(mine.a[i]);
-      for (int i = 0; i < 2; ++i) b[t + 4 * i][g] = tf32_of(mine.b[i]);
+      for (int i = 0; i < 4; ++i) a[g + i % 2 * 8][t + i / 2 * 4] = tf32_of(mine.a[i], *warp[lane]);
+      for (int i = 0; i < 2; ++i) b[t + 4 * i][g] = tf32_of(mine.b[i], *warp[lane]);
       continue;
     }
     for (int i = 0; i < 8; ++i) a[g + i / 2 % 2 * 8][2 * t + i % 2 + i / 4 * 8] = widen(type, half_of(mine.a, i));
@@ -89,23 +96,34 @@ void do_mma(Lane* const* warp, uint32_t) {
   ++g_block.counters.mma;
 }
 
+// Eight rows of 16 bytes, which are read at once, fill the 32 banks once; two different rows in the same four banks
+// need another pass.
+template <class Address>
+void count_conflicts(Address address) {
+  uintptr_t rows[8];  // without those that are there already
+  int count = 0, passes = 1;
+  for (int i = 0; i < 8; ++i) {
+    const auto mine = reinterpret_cast<uintptr_t>(address(i));
+    if (std::find(rows, rows + count, mine) != rows + count) continue;
+    const auto in_same_banks = [&](uintptr_t other) { return other / 16 % 8 == mine / 16 % 8; };
+    passes = std::max(passes, 1 + static_cast<int>(std::count_if(rows, rows + count, in_same_banks)));
+    rows[count++] = mine;
+  }
+  g_block.counters.bank_conflicts += static_cast<uint64_t>(passes - 1);
+}
+
+void do_load_shared_x4(Lane* const* warp, uint32_t) {
+  for (int quarter = 0; quarter < kWarpSize; quarter += 8) {
+    count_conflicts([&](int i) { return slot<const void*>(warp, quarter + i); });
+  }
+}
+
 void do_ldmatrix(Lane* const* warp, uint32_t) {
   const int count = slot<LdmatrixSlot>(warp, 0).count;
   const bool transposed = slot<LdmatrixSlot>(warp, 0).transposed;
   ++g_block.counters.ldmatrix;
   for (int m = 0; m < count; ++m) {
-    // Eight rows of 16 bytes fill the 32 banks once; two different rows in the same four banks need another pass.
-    int passes = 1;
-    for (int i = 0; i < 8; ++i) {
-      const auto mine = reinterpret_cast<uintptr_t>(slot<LdmatrixSlot>(warp, 8 * m + i).address);
-      int in_same_banks = 1;
-      for (int j = 0; j < i; ++j) {
-        const auto other = reinterpret_cast<uintptr_t>(slot<LdmatrixSlot>(warp, 8 * m + j).address);
-        in_same_banks += other != mine && other / 16 % 8 == mine / 16 % 8;
-      }
-      passes = std::max(passes, in_same_banks);
-    }
-    g_block.counters.bank_conflicts += static_cast<uint64_t>(passes - 1);
+    count_conflicts([&](int i) { return slot<LdmatrixSlot>(warp, 8 * m + i).address; });
     for (int lane = 0; lane < kWarpSize; ++lane) {
       for (int e = 0; e < 2; ++e) {
         const int outer = lane / 4, inner = lane % 4 * 2 + e;
@@ -230,6 +248,17 @@ void ldmatrix(uint32_t* registers, int count, bool transposed, const void* row, 
     registers[m] = mine.result[2 * m] | static_cast<uint32_t>(mine.result[2 * m + 1]) << 16;
 }
 
+void load_shared_x4(uint32_t* registers, const void* from, Place place) {
+  constexpr size_t kBytes = 16;
+  check_shared(from, kBytes, kBytes, "ld.shared.v4", place);
+  record_read(from, kBytes);
+  {
+    const Unobserved unobserved;
+    std::memcpy(registers, from, kBytes);
+  }
+  warp_operation(kWholeWarp, "ld.shared.v4", place, &from, &do_load_shared_x4);
+}
+
 // ---- Conversions -----------------------------------------------------------------------------------------------
 
 namespace {
@@ -278,7 +307,7 @@ uint16_t to_float16(float x) {
 
 float to_tf32(float x) {
   const uint32_t bits = bits_of(x);
-  if ((bits & 0x7F800000u) == 0x7F800000u) return x;
+  if (std::isnan(x)) return float_of(kCanonicalNaN);
   return float_of((bits + 0x1000u) & 0xFFFFE000u);
 }
 

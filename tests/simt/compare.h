@@ -67,6 +67,39 @@ inline std::string check_row_maximum(const native::Config& c, const native::Resu
   return "";
 }
 
+// Every element of a float32 tensor as tf32, by arithmetic: the nearest multiple of the last of its eleven bits' place,
+// ties away from zero.
+inline void round_to_tf32(HostTensor& tensor) {
+  for (int64_t b = 0; b < tensor.size(0); ++b)
+    for (int64_t h = 0; h < tensor.size(1); ++h)
+      for (int64_t i = 0; i < tensor.size(2); ++i)
+        for (int64_t j = 0; j < tensor.size(3); ++j) {
+          const double x = tensor.get(b, h, i, j);
+          if (x == 0 || !std::isfinite(x)) continue;
+          const int place = std::ilogb(x) - 10;
+          tensor.set(b, h, i, j, std::ldexp(std::round(std::ldexp(x, -place)), place));
+        }
+}
+
+// Whether a float32 call that allows tf32 has its operands rounded: what docs/cuda.md says.
+inline bool takes_tf32(const native::Config& c) {
+  const auto fits = [](int64_t size) { return size > 0 && size <= 256 && size % 4 == 0; };
+  return c.dtype == DType::kFloat32 && fits(c.head_size) && fits(c.value_size) &&
+         c.layout != native::Layout::kStridedLast;
+}
+
+// A float32 call for the emulator as one that may take tf32, most of them in a shape that does.
+inline native::Config with_tf32_sizes(native::Random& random, native::Config c) {
+  c.dtype = DType::kFloat32;
+  if (random.chance(80)) {
+    c.head_size = random.pick<int64_t>({4, 20, 64, 68, 128, 132, 256});
+    c.value_size = random.chance(70) ? c.head_size : random.pick<int64_t>({4, 36, 64, 100, 252});
+    if (c.sequences > 0) c.head_size = c.value_size = random.pick<int64_t>({4, 20, 36, 68});  // many tokens
+  }
+  if (random.chance(80) && c.layout == native::Layout::kStridedLast) c.layout = native::Layout::kTokensFirst;
+  return c;
+}
+
 // Random calls: `draw(random)` is the configuration of one, `check(problem, number)` runs it and says what went wrong.
 template <class Draw, class Check>
 void run_cases(const Cases& cases, Draw draw, Check check) {

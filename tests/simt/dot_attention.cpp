@@ -95,6 +95,60 @@ std::string check(const Problem& problem) {
   return error;
 }
 
+// Calls that allow tf32: the definition has the operands rounded, so that nothing but the rounding of weights before
+// they meet the values is left, of 2^-11 each; log-sum-exp and weights are float32's.
+std::string check_tf32(const Config& config, uint64_t seed, double relative) {
+  const Problem problem(config, seed);
+  Problem rounded(config, seed);
+  const bool takes = takes_tf32(config);
+  if (takes) {
+    for (HostTensor* x : {&rounded.query, &rounded.key, &rounded.value}) round_to_tf32(*x);
+  }
+  native::Results results(problem);
+  DotAttentionParams params = results.dot_params(problem);
+  params.tf32 = true;
+  const uint64_t before = counters().mma;
+  const std::string report = run(params, problem.real());
+  if (!report.empty()) return report;
+  const bool launched = config.batch * config.heads * config.query_tokens > 0 && config.key_tokens > 0;
+  if (!takes && counters().mma != before) return "mma in a call that is not made for it";
+  if (takes && launched && std::string(cuda::dot_attention_kernel_name(params)) != "dot_attention_mma") {
+    return "named " + std::string(cuda::dot_attention_kernel_name(params));
+  }
+  g_seen["tf32"] += takes && counters().mma > before;
+  g_seen["tf32, split keys"] += takes && cuda::dot_attention_workspace(params) > 0;
+  g_seen["tf32, weights"] += takes && config.weights_mode != WeightsMode::kNone;
+  g_seen["tf32 allowed, not taken"] += !takes && launched;
+  const native::Expected expected = native::forward_by_definition(rounded);
+  const double exact = tolerance(DType::kFloat32);
+  std::string error = compare("out", results.out, expected.out, takes ? relative : exact);
+  if (error.empty()) error = compare("lse", results.lse, expected.lse, exact);
+  // Formed by other additions than the log-sum-exp.
+  if (error.empty() && results.weights) error = compare("weights", results.weights, expected.weights, 4 * exact);
+  if (error.empty() && !results.weights_index.empty()) error = check_row_maximum(config, results, expected, exact);
+  return error;
+}
+
+void check_tf32_calls(int64_t cases) {
+  for (int64_t number = 0; number < cases; ++number) {
+    Random random(static_cast<uint64_t>(number) * 2 + 1);
+    const Config config = with_tf32_sizes(random, small_config(random));
+    set_seed(static_cast<uint32_t>(number));
+    const std::string error = check_tf32(config, random.next(), 1.2e-3);
+    expect(error.empty(), "tf32 case " + std::to_string(number) + ": " + error + "\n  " + config.text());
+  }
+  // Scores of nothing but zeros: all weights are 1 before they are normalised, and nothing is rounded but the values.
+  for (int64_t size : {64, 128, 256}) {
+    Config c;
+    c.query_tokens = 5;
+    c.key_tokens = 70;
+    c.head_size = c.value_size = size;
+    c.scale = 0;
+    const std::string error = check_tf32(c, 5, tolerance(DType::kFloat32));
+    expect(error.empty(), "tf32 mean of values: " + error);
+  }
+}
+
 #if !defined(__SANITIZE_THREAD__)  // nonsense may give a row to two blocks: a race, but within the tensors
 // Offsets that nobody has looked at: whatever they hold, nothing outside of the tensors is touched.
 void check_offsets(int64_t cases) {
@@ -116,7 +170,9 @@ void check_offsets(int64_t cases) {
       }
     native::Results results(problem);
     set_seed(static_cast<uint32_t>(number));
-    const std::string report = run(results.dot_params(problem), problem.real());
+    DotAttentionParams params = results.dot_params(problem);
+    params.tf32 = number % 2 == 0;
+    const std::string report = run(params, problem.real());
     expect(report.empty(), "offsets " + std::to_string(number) + ": " + report + "\n  " + c.text());
   }
 }
@@ -124,23 +180,22 @@ void check_offsets(int64_t cases) {
 
 // The main tiles of the tensor-core kernel, whole ones: no bank conflicts, and as many instructions as the products
 // need.
-void check_counts(DType dtype, int64_t size) {
+void check_counts(DType dtype, int64_t size, bool tf32 = false) {
   Config c;
   c.dtype = dtype;
   c.query_tokens = 64;
   c.key_tokens = 128;
   c.head_size = c.value_size = size;
   c.scale = 0.125;
-  const Problem problem(c, 7);
   reset_counters();
-  const std::string error = check(problem);
+  const std::string error = tf32 ? check_tf32(c, 7, 1.2e-3) : check(Problem(c, 7));
   expect(error.empty(), "the main tiles: " + error);
   const Counters& count = counters();
-  // Two products of 64 x 128 x D, 2048 multiply-adds an instruction.
-  expect(count.mma == static_cast<uint64_t>(2 * 64 * 128 * size / 2048),
+  // Two products of 64 x 128 x D, 2048 multiply-adds an instruction, 1024 in tf32.
+  expect(count.mma == static_cast<uint64_t>(2 * 64 * 128 * size / (tf32 ? 1024 : 2048)),
          "mma instructions: " + std::to_string(count.mma));
   expect(count.bank_conflicts == 0, "bank conflicts: " + std::to_string(count.bank_conflicts));
-  expect(count.async_copies == static_cast<uint64_t>((64 + 2 * 128) * size / 8),
+  expect(count.async_copies == static_cast<uint64_t>((64 + 2 * 128) * size / (tf32 ? 4 : 8)),
          "cp.async of 16 bytes: " + std::to_string(count.async_copies));
 }
 
@@ -152,6 +207,7 @@ int main(int count, char** arguments) {
   using namespace attnfast::simt;
   const Cases cases = cases_of(count, arguments, 200, 60);
   run_cases(cases, small_config, [](const native::Problem& problem, int64_t) { return check(problem); });
+  check_tf32_calls(cases.count * 2 / 5);
   if (cases.count >= 60) {
     for (const auto& [name, count] : g_seen) expect(count > 0, name + " was never tried");
   }
@@ -168,6 +224,7 @@ int main(int count, char** arguments) {
     expect(error.empty(), "column sums in float64: " + error);
   }
   for (int64_t size : {64, 128, 256}) check_counts(DType::kBFloat16, size);
+  for (int64_t size : {64, 128, 256}) check_counts(DType::kFloat32, size, true);
   check_counts(DType::kFloat16, 64);
   return finish("dot_attention", cases.count);
 }

@@ -66,11 +66,12 @@ std::map<std::string, int64_t> g_seen;
 
 void remember(const Config& c, const DotAttentionParams& params) {
   if (c.query_tokens == 0 || c.key_tokens == 0) return;
-  const bool mma = cuda::dot_attention_mma_bwd_takes(params);
+  const DotAttentionParams taken = cuda::with_rounded_operands(params);
+  const bool mma = cuda::dot_attention_mma_bwd_takes(taken), tf32 = taken.query.dtype == DType::kTf32;
   const bool bias = c.bias[0] >= 0 || c.bias[1] >= 0;
   g_seen["bias"] += bias;
   g_seen["large heads"] += c.head_size > 256 || c.value_size > 256;
-  for (const std::string name : {mma ? "tensor cores" : "multiply-adds"}) {
+  for (const std::string name : {mma ? tf32 ? "tf32" : "tensor cores" : "multiply-adds"}) {
     g_seen[name] += 1;
     g_seen[name + ", packed"] += c.sequences > 0;
     g_seen[name + ", bounds"] += c.bounds >= 0;
@@ -90,6 +91,8 @@ struct Tolerance {
 };
 Tolerance gradient_tolerance(DType dtype) {
   switch (dtype) {
+    case DType::kTf32:  // weights and score gradients; operands are rounded in the definition too
+      return {1e-3, 1e-12};
     case DType::kFloat64:
       return {3e-12, 1e-15};
     case DType::kFloat32:
@@ -155,7 +158,7 @@ struct Run {
   HostTensor workspace;
   std::string report;
 
-  Run(const Problem& problem, const Expected& expected, const std::vector<int64_t>& weights_index)
+  Run(const Problem& problem, const Expected& expected, const std::vector<int64_t>& weights_index, bool tf32 = false)
       : results(problem),
         workspace(problem.real(),
                   {3 * problem.config.batch, problem.config.heads, problem.config.query_tokens, int64_t{1}}) {
@@ -171,22 +174,24 @@ struct Run {
     }
     DotAttentionParams params = results.dot_params(problem);
     params.delta = workspace.data();
+    params.tf32 = tf32;
     remember(c, params);
     report = reported([&] { cuda::dot_attention_bwd(params, nullptr); });
   }
 };
 
-std::string check(const Problem& problem, uint32_t other_seed) {
+// `defined` is the call by whose definition the gradients are judged, to the last places of `dtype`.
+std::string check(const Problem& problem, uint32_t other_seed, const Problem& defined, DType dtype, bool tf32) {
   const Config& c = problem.config;
-  Expected expected = native::forward_by_definition(problem);
-  const std::vector<int64_t> weights_index = row_maxima(problem, expected);
-  native::backward_by_definition(problem, weights_index, expected);
-  const Run run(problem, expected, weights_index);
+  Expected expected = native::forward_by_definition(defined);
+  const std::vector<int64_t> weights_index = row_maxima(defined, expected);
+  native::backward_by_definition(defined, weights_index, expected);
+  const Run run(problem, expected, weights_index, tf32);
   if (!run.report.empty()) return run.report;
   const Results& r = run.results;
   std::string error;
   const auto check_one = [&](const char* what, bool wanted, const HostTensor& got, const Gradient& gradient) {
-    if (wanted && error.empty()) error = compare_gradient(what, c.dtype, got, gradient);
+    if (wanted && error.empty()) error = compare_gradient(what, dtype, got, gradient);
   };
   check_one("grad_query", c.want_query, r.grad_query, expected.grad_query);
   check_one("grad_key", c.want_key, r.grad_key, expected.grad_key);
@@ -196,7 +201,7 @@ std::string check(const Problem& problem, uint32_t other_seed) {
   check_one("grad_center", c.prior_sigma > 0, r.grad_center, expected.grad_center);
   if (!error.empty()) return error;
   set_seed(other_seed);
-  const Run again(problem, expected, weights_index);
+  const Run again(problem, expected, weights_index, tf32);
   if (!again.report.empty()) return again.report;
   const Results& s = again.results;
   const HostTensor* const first[] = {&r.grad_query,   &r.grad_key,  &r.grad_value, &r.grad_bias[0],
@@ -206,6 +211,42 @@ std::string check(const Problem& problem, uint32_t other_seed) {
   for (size_t i = 0; i < std::size(first); ++i)
     if (!first[i]->same_bytes(*second[i])) return "another schedule gives other bits";
   return "";
+}
+
+std::string check(const Problem& problem, uint32_t other_seed) {
+  return check(problem, other_seed, problem, problem.config.dtype, false);
+}
+
+// A call that allows tf32, by the definition with rounded operands.
+std::string check_tf32(const Config& config, uint64_t seed, uint32_t other_seed, DType dtype = DType::kTf32) {
+  const Problem problem(config, seed);
+  Problem rounded(config, seed);
+  const bool takes = takes_tf32(config);
+  if (takes) {
+    for (HostTensor* x : {&rounded.query, &rounded.key, &rounded.value, &rounded.grad_out}) round_to_tf32(*x);
+  }
+  return check(problem, other_seed, rounded, takes ? dtype : config.dtype, true);
+}
+
+void check_tf32_calls(int64_t cases) {
+  for (int64_t number = 0; number < cases; ++number) {
+    Random random(static_cast<uint64_t>(number) * 2 + 1);
+    const Config config = with_tf32_sizes(random, small_config(random));
+    set_seed(static_cast<uint32_t>(number));
+    const std::string error = check_tf32(config, random.next(), static_cast<uint32_t>(number + 1));
+    expect(error.empty(), "tf32 case " + std::to_string(number) + ": " + error + "\n  " + config.text());
+  }
+  // 64 equal scores: all weights are 1/64, and nothing of a value's gradient is rounded but what arrives.
+  for (int64_t size : {64, 128, 256}) {
+    Config c;
+    c.query_tokens = 20;
+    c.key_tokens = 64;
+    c.head_size = c.value_size = size;
+    c.scale = 0;
+    c.want_query = c.want_key = false;
+    const std::string error = check_tf32(c, 5, 1, DType::kFloat32);
+    expect(error.empty(), "tf32 gradient of values: " + error);
+  }
 }
 
 #if !defined(__SANITIZE_THREAD__)  // nonsense may give a row to two blocks: a race, but within the tensors
@@ -236,7 +277,7 @@ void check_offsets(int64_t cases) {
     given.lse = HostTensor(DType::kFloat64, {c.batch, c.heads, c.query_tokens, 1});
     given.delta_shift = HostTensor(DType::kFloat64, {c.batch, c.heads, c.query_tokens, 1});
     given.lse.fill_normal(random, random.chance(50) ? 1 : 0x1p30);  // then rows go along their keys
-    const Run run(problem, given, weights_index);
+    const Run run(problem, given, weights_index, number % 2 == 0);
     expect(run.report.empty(), "offsets " + std::to_string(number) + ": " + run.report + "\n  " + c.text());
   }
 }
@@ -244,7 +285,7 @@ void check_offsets(int64_t cases) {
 
 // The main tiles of the tensor-core kernel, whole ones: no bank conflicts, and as many instructions as the products
 // need.
-void check_counts(DType dtype, int64_t size) {
+void check_counts(DType dtype, int64_t size, bool tf32 = false) {
   Config c;
   c.dtype = dtype;
   c.query_tokens = c.key_tokens = 128;
@@ -253,21 +294,21 @@ void check_counts(DType dtype, int64_t size) {
   const Problem problem(c, 7);
   const Expected expected = native::forward_by_definition(problem);
   reset_counters();
-  const Run run(problem, expected, {});
+  const Run run(problem, expected, {}, tf32);
   expect(run.report.empty(), "the main tiles: " + run.report);
   const Counters& count = counters();
-  // Products of 128 x 128 x D, 2048 multiply-adds an instruction: three for dQ, four for dK and dV, or three and two
-  // where each has a pass.
+  // Products of 128 x 128 x D, 2048 multiply-adds an instruction (1024 in tf32): three for dQ, four for dK and dV, or
+  // three and two where each has a pass.
   const bool apart = size > 128;
-  expect(count.mma == static_cast<uint64_t>((apart ? 8 : 7) * 128 * 128 * size / 2048),
+  expect(count.mma == static_cast<uint64_t>((apart ? 8 : 7) * 128 * 128 * size / (tf32 ? 1024 : 2048)),
          "mma instructions: " + std::to_string(count.mma));
   expect(count.bank_conflicts == 0, "bank conflicts: " + std::to_string(count.bank_conflicts));
-  // Two blocks a pass, each with 64 rows of two tensors of its own and all 128 of the two others; by keys also three
-  // numbers for each query.
-  const int64_t by_keys = apart ? 2 : 1;
-  expect(
-      count.async_copies == static_cast<uint64_t>(2 * ((1 + by_keys) * 2 * (64 + 128) * size / 8 + by_keys * 3 * 128)),
-      "cp.async: " + std::to_string(count.async_copies));
+  // Blocks of 64 rows, 32 in tf32 where D > 128, each with its rows of two tensors and all 128 of the two others; by
+  // keys also three numbers for each query.
+  const int64_t by_keys = apart ? 2 : 1, rows = tf32 && apart ? 32 : 64, chunk = tf32 ? 4 : 8;
+  expect(count.async_copies ==
+             static_cast<uint64_t>(128 / rows * ((1 + by_keys) * 2 * (rows + 128) * size / chunk + by_keys * 3 * 128)),
+         "cp.async: " + std::to_string(count.async_copies));
 }
 
 }  // namespace
@@ -280,6 +321,7 @@ int main(int count, char** arguments) {
   run_cases(cases, small_config, [](const native::Problem& problem, int64_t number) {
     return check(problem, static_cast<uint32_t>(number + 1));
   });
+  check_tf32_calls(cases.count * 2 / 5);
   if (cases.count >= 100) {
     for (const auto& [name, count] : g_seen) expect(count > 0, name + " was never tried");
   }
@@ -297,6 +339,7 @@ int main(int count, char** arguments) {
     expect(error.empty(), "bias in float64: " + error);
   }
   for (int64_t size : {64, 128, 256}) check_counts(DType::kBFloat16, size);
+  for (int64_t size : {64, 128, 256}) check_counts(DType::kFloat32, size, true);
   check_counts(DType::kFloat16, 64);
   return finish("dot_attention_bwd", cases.count);
 }

@@ -278,6 +278,32 @@ void test_ldmatrix() {
   }
 }
 
+// Lane l reads the 16 bytes at chunk l * stride % 32 of shared memory.
+__global__ void load_kernel(uint32_t* out, int stride) {
+  ATTNFAST_SHARED(raw);
+  auto* shared = reinterpret_cast<uint32_t*>(raw);
+  const int lane = static_cast<int>(threadIdx.x);
+  for (int i = lane; i < 4 * 32; i += 32) shared[i] = static_cast<uint32_t>(i);
+  __syncwarp();
+  ptx::load_shared_x4(out + 4 * lane, shared + lane * stride % 32 * 4);
+}
+
+void test_load_shared() {
+  // Eight lanes at once: neighbours are in different banks, every second chunk makes two lanes share, every eighth all;
+  // one chunk for all is a broadcast.
+  const std::pair<int, uint64_t> cases[] = {{1, 0}, {2, 4}, {4, 12}, {8, 12}, {0, 0}};
+  for (const auto& [stride, conflicts] : cases) {
+    std::vector<uint32_t> out(4 * 32);
+    reset_counters();
+    ATTNFAST_LAUNCH(load_kernel, Dim3{1}, Dim3{32}, 512, nullptr, out.data(), stride);
+    expect(counters().bank_conflicts == conflicts,
+           "bank conflicts of ld.shared.v4: " + std::to_string(counters().bank_conflicts));
+    for (int i = 0; i < 128; ++i) {
+      expect(out[i] == static_cast<uint32_t>(i / 4 * stride % 32 * 4 + i % 4), "ld.shared.v4, " + std::to_string(i));
+    }
+  }
+}
+
 void test_conversions() {
   for (uint32_t bits = 0; bits < 65536; ++bits) {
     const auto half = static_cast<uint16_t>(bits);
@@ -294,6 +320,10 @@ void test_conversions() {
   expect(to_bfloat16(257) == to_bfloat16(256) && to_bfloat16(259) == to_bfloat16(260), "bfloat16 rounds half to even");
   expect(std::isnan(from_bfloat16(to_bfloat16(NAN))) && std::isnan(from_float16(to_float16(NAN))), "NaN stays NaN");
   expect(to_tf32(1 + 0x1p-11f) == 1 + 0x1p-10f && to_tf32(1 + 0x1p-12f) == 1, "tf32 rounds half away");
+  expect(to_tf32(-1 - 0x1p-11f) == -1 - 0x1p-10f && to_tf32(0x1.FFFp0f) == 2 && std::isinf(to_tf32(0x1.FFFFFEp127f)),
+         "tf32 rounds into the next binade");
+  expect(std::isinf(to_tf32(INFINITY)) && std::isnan(to_tf32(NAN)) && std::isnan(to_tf32(ptx::as_float(0x7F800001u))),
+         "tf32 has infinity and NaN");
   expect(ptx::pack_bf16(1, -2) == (0x3F80u | 0xC000u << 16) && ptx::pack_f16(1, -2) == (0x3C00u | 0xC000u << 16),
          "pack");
 }
@@ -360,6 +390,8 @@ enum Wrong {
   kBarrierId,
   kLdmatrixOutside,
   kLdmatrixMisaligned,
+  kNotTf32,
+  kVectorMisaligned,
   kCopyMisaligned,
   kCopyOutside,
   kCopyPending
@@ -406,6 +438,15 @@ __global__ void wrong_kernel(Wrong wrong, const float* global) {
     case kLdmatrixMisaligned:
       ptx::ldmatrix_x4(registers, raw + 8);
       break;
+    case kNotTf32: {
+      const uint32_t a[4] = {0, 0, ptx::as_bits(t == 9 ? 1 + 0x1p-11f : 1.0f), 0}, b[2] = {};
+      float d[4] = {};
+      ptx::mma_tf32(d, a, b);
+      break;
+    }
+    case kVectorMisaligned:
+      ptx::load_shared_x4(registers, raw + 4);
+      break;
     case kCopyMisaligned:
       ptx::copy_async_16(raw + 16 * t, global + 1, true);
       break;
@@ -434,6 +475,9 @@ void test_reports() {
                         {kBarrierId, "no barrier 16"},
                         {kLdmatrixOutside, "outside of shared memory"},
                         {kLdmatrixMisaligned, "misaligned, at byte 8"},
+                        {kNotTf32, "thread 9 (warp 0 lane 9) in mma.sync"},
+                        {kNotTf32, "0x3F801000 has not been rounded to tf32"},
+                        {kVectorMisaligned, "misaligned, at byte 4"},
                         {kCopyMisaligned, "not aligned to 16 bytes"},
                         {kCopyOutside, "outside of shared memory"},
                         {kCopyPending, "returned with 1 cp.async not waited for"}};
@@ -503,6 +547,7 @@ int main(int count, char** arguments) {
     test_block();
     test_mma();
     test_ldmatrix();
+    test_load_shared();
     test_copies();
     test_shared_memory();
     test_reports();

@@ -38,6 +38,8 @@ ATTNFAST_DEVICE R load_element(const void* data, DType dtype, int64_t offset) {
       return static_cast<R>(static_cast<const float*>(data)[offset]);
     case DType::kBFloat16:
       return static_cast<R>(ptx::widen_bf16(static_cast<const uint16_t*>(data)[offset]));
+    case DType::kTf32:
+      return static_cast<R>(ptx::as_float(ptx::to_tf32(static_cast<const float*>(data)[offset])));
     default:
       return static_cast<R>(ptx::widen_f16(static_cast<const uint16_t*>(data)[offset]));
   }

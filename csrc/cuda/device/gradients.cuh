@@ -172,6 +172,17 @@ ATTNFAST_DEVICE void differentiate(const DotAttentionParams& p, const Rows& rows
   grad = hidden ? R(-0.0) : grad + R(0);
 }
 
+// The same where nothing but the product decides over score and weight: a few instructions, which may stand in a kernel
+// once for each element. `scale` is base 2.
+template <class R>
+ATTNFAST_DEVICE void differentiate_plain(const QueryValues<R>& values, R scale, R& product, R& grad) {
+  const R score = product * scale;
+  const bool hidden = score == negative_infinity<R>();
+  const R weight = exp2_of(ptx::rounded(score) - values.base - values.log);
+  product = hidden ? R(-0.0) : weight;
+  grad = hidden ? R(-0.0) : weight * (grad - values.delta) + R(0);
+}
+
 // The gradient of a row's centre from the sum of what take_factor gave.
 template <class R>
 ATTNFAST_DEVICE void store_center(const AttentionParams& p, const Rows& rows, int64_t q, R sum) {
