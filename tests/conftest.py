@@ -42,7 +42,7 @@ BF16_ISA = "avx512_bf16"
 
 # The same source compiled for less: each combination of a test's parameters is run on one of these, chosen by its name,
 # and on what is best here in full.
-LOWER = [f"cpu-{name}" for name in ISAS if name != BF16_ISA][:-1]
+LOWER = [name for name in ISAS if name != BF16_ISA][:-1]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -64,10 +64,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             first = item.nodeid.partition("[")[0] not in emulated_tests
             emulated_tests.add(item.nodeid.partition("[")[0])
             return first or zlib.crc32(item.name.encode()) % EMULATED_SHARE == 0
-        if params.get("backend") in LOWER:
-            combination = item.nodeid.replace(str(params["backend"]), "")
-            return zlib.crc32(combination.encode()) % len(LOWER) == LOWER.index(params["backend"])
-        if BF16_ISA not in (params.get("isa"), str(params.get("backend")).removeprefix("cpu-")):
+        isa = str(params.get("isa", params.get("backend"))).removeprefix("cpu-")
+        if isa in LOWER:
+            combination = item.nodeid.replace(isa, "", 1)
+            return zlib.crc32(combination.encode()) % len(LOWER) == LOWER.index(isa)
+        if isa != BF16_ISA:
             return True
         marked = item.get_closest_marker("bf16") is not None
         return marked or torch.bfloat16 in (params.get("dtype"), params.get("half"))
