@@ -64,8 +64,9 @@ def additive_attention(
 
 
 def _operator(
-    inputs: Sequence[Tensor | None], options: DotAttentionOptions, return_lse: bool
+    inputs: Sequence[Any], options: DotAttentionOptions, return_lse: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    autograd.require_no_dropout_of_shards(options, inputs[0])
     # Under vmap alone the operator keeps derivatives of any order; a functorch gradient needs the Function around it.
     differentiated = autograd.functorch_differentiates()
     operator: Callable[..., Any] = AdditiveOperatorForward.apply if differentiated else FORWARD

@@ -94,7 +94,7 @@ def _run_backward(
     arguments = (grad_out, indices, weights, values, scales, needs)
     if torch._C._are_functorch_transforms_active():
         found = OperatorBackward.apply(*arguments)
-    elif autograd.intercepted() or not autograd.all_have_storage(grad_out):
+    elif autograd.intercepted() or type(grad_out) is not Tensor or not autograd.all_have_storage(grad_out):
         found = BACKWARD(*arguments)
     else:
         found = _gather_ops.weighted_gather_bwd(*arguments)

@@ -163,6 +163,15 @@ def require_unrecorded_sparse(grad: Tensor) -> None:
         )
 
 
+def require_no_dropout_of_shards(options: DotAttentionOptions, query: Tensor) -> None:
+    """A draw depends on the places of heads and samples, which are others on a rank that has some of them."""
+    if options.seed is not None and hasattr(query, "placements"):
+        raise NotImplementedError(
+            "dropout_p: expected 0 with DTensors, whose ranks would drop the same weights of different heads or "
+            "samples; call attnfast with local tensors (DTensor.to_local) and a seed of each rank"
+        )
+
+
 def functorch_differentiates() -> bool:
     return _functorch_active() and "Grad" in _functorch_kinds()
 
@@ -197,6 +206,7 @@ def _unusual(
     """Every route but the two eager ones."""
     if plan(query, key, value, bias, bias2, sink, center) == "reference":
         return reference.dot_attention(query, key, value, bias, bias2, sink, options, return_lse, center=center)
+    require_no_dropout_of_shards(options, query)
     # Under vmap alone the operator keeps derivatives of any order; a functorch gradient needs the Function around it.
     operator = OperatorForward.apply if functorch_differentiates() else FORWARD
     out, lse, weights, _ = operator(query, key, value, bias, bias2, sink, center, *options)

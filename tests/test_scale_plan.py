@@ -43,10 +43,10 @@ def test_measurements_say_where_they_come_from(plan: ModuleType) -> None:
 
 
 def test_the_model_is_near_what_was_measured_here(plan: ModuleType) -> None:
-    """Of stored times, measured on a busy machine: the model must not miss them by more than a factor of four."""
+    """Of stored times. 2.2 is the worst on a machine without other work, see docs/scale.md."""
     costs = plan.Costs.load()
     for case in costs.validation:
-        assert 1 / 4 < plan.predicted_ms(costs, case) / case["measured_ms"] < 4, case["name"]
+        assert 1 / 2.5 < plan.predicted_ms(costs, case) / case["measured_ms"] < 2.5, case["name"]
 
 
 def test_traffic_is_that_of_the_library(plan: ModuleType) -> None:

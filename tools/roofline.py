@@ -333,7 +333,8 @@ the best bound a very good kernel comes:
 PEERS = """\
 Published figures are those of FlashAttention-2 and 3 and of cuDNN 9 in figures 5 (forward) and 6 (backward) of the
 paper on FlashAttention-3 (arXiv 2407.08608): 16 bits, no mask, H100 80 GB SXM5, the same B T = 16384 and H D = 2048.
-Their authors measured them, at clocks that a GPU holds under load, which are lower than the model's.
+They were read from copies of the figures' labels by others, not from the paper itself; at D = 64 backward only one copy
+was complete. Their authors measured them, at clocks that a GPU holds under load, which are lower than the model's.
 
 ## What the binary holds
 

@@ -120,8 +120,8 @@ def validation() -> list[dict[str, Any]]:
 
 
 def free_cores() -> int:
-    """What other work leaves of the cores, by the load of the last five minutes."""
-    return max(1, round((os.cpu_count() or 1) - os.getloadavg()[1]))
+    """What other work leaves of the cores, by the load of the last minute."""
+    return max(1, round((os.cpu_count() or 1) - os.getloadavg()[0]))
 
 
 def measure() -> dict[str, Any]:

@@ -235,7 +235,7 @@ def other_rows(costs: Costs) -> Iterable[list[str]]:
 
 
 def context_rows(costs: Costs) -> Iterable[list[str]]:
-    gpu_flops = roofline.PUBLISHED["H100 SXM", HEAD]["FA2"][-1] * 1e12
+    gpu_flops = roofline.PUBLISHED["H100 SXM", HEAD, False]["FA2"][-1] * 1e12
     for ranks in RANKS:
         for backward in (False, True):
             step = ring_step(ranks, gpu_flops, backward)

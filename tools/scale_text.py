@@ -9,7 +9,7 @@ from typing import Any
 def sections(plan: ModuleType, costs: Any) -> str:
     table = plan.roofline.table
     size, seconds = plan.size, plan.seconds
-    gpu_flops = plan.roofline.PUBLISHED["H100 SXM", plan.HEAD]["FA2"][-1] * 1e12
+    gpu_flops = plan.roofline.PUBLISHED["H100 SXM", plan.HEAD, False]["FA2"][-1] * 1e12
     big, most = plan.SLOTS[-1], plan.RANKS[-1]
     read = plan.read_of(most, big)
     columns = plan.read_of(most, big).columns_best()
@@ -45,8 +45,8 @@ another, an upper bound; bytes go at the link's full rate, a lower one. Ranks ar
 
 The same model, with gloo over loopback and the cores that other work left, {costs.cores} by the load, which all
 processes share; in milliseconds. On loopback bytes are copied by the same cores, so they add to computing and nothing
-hides. Measured once, on a busy machine: figures are good to a factor of {_worst(plan, costs):.1f}. Messages counted one
-after another make the reads by rows, which are short, look longer than they are.
+hides. Measured once: figures are good to a factor of {_worst(plan, costs):.1f}. What the model leaves out (calls of
+Python between the pieces, processes that wait for a core) makes it too short more often than too long.
 """,
         *table(("case", "pass", "predicted", "measured", "predicted / measured"), plan.validation_rows(costs)),
         "",
