@@ -32,7 +32,9 @@ SWITCHES: dict[str, tuple[Callable[[], None], bool]] = {
 
 
 @pytest.fixture(autouse=True)
-def _switch_restored() -> Iterator[None]:
+def _switch_restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    # torch's own test helpers, which other tests import, forbid what a user does with its switches.
+    monkeypatch.setitem(torch.backends.flags_frozen.__globals__, "__allow_nonbracketed_mutation_flag", True)
     before = torch.backends.fp32_precision, MATMUL.fp32_precision
     legacy = torch.get_float32_matmul_precision()
     yield
