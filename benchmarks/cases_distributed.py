@@ -20,6 +20,12 @@ from .registry import BACKWARD, FORWARD, OURS, register_cases
 from .results import FAILED, Row
 
 
+def _columns(heads: int, kv_heads: int, query_tokens: int, key_tokens: int, size: int) -> dict[str, Any]:
+    """What a row says of a case's shape; D = D_v."""
+    sizes = {"query_tokens": query_tokens, "key_tokens": key_tokens, "head_size": size, "value_size": size}
+    return {"dtype": "fp32", "batch": 1, "heads": heads, "kv_heads": kv_heads, **sizes}
+
+
 @dataclass(frozen=True)
 class RingCase:
     """`context_parallel_attention` of `tokens` in all, float32."""
@@ -37,9 +43,7 @@ class RingCase:
     program: str = "ring"
 
     def columns(self) -> dict[str, Any]:
-        sizes = {"query_tokens": self.tokens, "key_tokens": self.tokens}
-        sizes |= {"head_size": self.size, "value_size": self.size}
-        return {"dtype": "fp32", "batch": 1, "heads": self.heads, "kv_heads": self.kv_heads, **sizes}
+        return _columns(self.heads, self.kv_heads, self.tokens, self.tokens, self.size)
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,7 @@ class ReadCase:
     program: str = "read"
 
     def columns(self) -> dict[str, Any]:
-        sizes = {"query_tokens": self.queries, "key_tokens": self.slots}
-        sizes |= {"head_size": self.size, "value_size": self.size}
-        return {"dtype": "fp32", "batch": 1, "heads": 1, "kv_heads": 1, **sizes, "options": f"k:{self.picks}"}
+        return {**_columns(1, 1, self.queries, self.slots, self.size), "options": f"k:{self.picks}"}
 
 
 def rows(case: RingCase | ReadCase, rounds: int) -> list[Row]:

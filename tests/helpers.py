@@ -47,6 +47,25 @@ def load_tool(name: str) -> ModuleType:
 
 
 @contextlib.contextmanager
+def imported_tool(name: str) -> Iterator[ModuleType]:
+    """The same of a tool that imports others, for as long as tools/ is on the path."""
+    folder = str(Path(__file__).resolve().parent.parent / "tools")
+    sys.path.insert(0, folder)
+    try:
+        yield importlib.import_module(name)
+    finally:
+        sys.path.remove(folder)
+
+
+@contextlib.contextmanager
+def must_launch(simt: ModuleType) -> Iterator[None]:
+    """Around a test of kernels under the emulator, which fails if none was launched."""
+    before = simt.launches()
+    yield
+    assert simt.launches() > before, "no kernel was launched"
+
+
+@contextlib.contextmanager
 def opennmt_attention() -> Iterator[None]:
     """Within, ``onmt.modules.global_attention`` can be imported; afterwards nothing of onmt is in ``sys.modules``.
 

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 
 import pytest
+from helpers import imported_tool
 
 from attnfast.cli._benchmarks import load_benchmarks
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
 def roofline() -> Iterator[ModuleType]:
-    sys.path.insert(0, str(ROOT / "tools"))
-    yield importlib.import_module("roofline")
-    sys.path.remove(str(ROOT / "tools"))
+    with imported_tool("roofline") as tool:
+        yield tool
 
 
 def test_the_document_is_up_to_date(roofline: ModuleType) -> None:

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 
 import pytest
+from helpers import imported_tool
 
 from attnfast.distributed import _traffic as formulas
 from attnfast.distributed._shards import block
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 @pytest.fixture(scope="module")
 def plan() -> Iterator[ModuleType]:
-    sys.path.insert(0, str(ROOT / "tools"))
-    yield importlib.import_module("scale_plan")
-    sys.path.remove(str(ROOT / "tools"))
+    with imported_tool("scale_plan") as tool:
+        yield tool
 
 
 def test_the_document_is_up_to_date(plan: ModuleType) -> None:

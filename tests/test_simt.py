@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import must_launch
 from torch import Tensor
 
 import attnfast
@@ -32,9 +33,8 @@ def backend(simt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Modul
     """Forwards of the dot core run under the emulator, and did: a test that never launched a kernel fails."""
     simt.set_seed(0)
     take_over(simt, monkeypatch)
-    before = simt.launches()
-    yield simt
-    assert simt.launches() > before, "no kernel was launched"
+    with must_launch(simt):
+        yield simt
 
 
 def operands(dtype: torch.dtype, heads: int, kv_heads: int, rows: int, keys: int, size: int, value_size: int) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import patch_seed
+from helpers import must_launch, patch_seed
 from torch import Tensor
 
 import attnfast
@@ -30,9 +30,8 @@ def backend(simt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Modul
     simt.set_seed(0)
     monkeypatch.setattr(_additive_ops, "_forward", functools.partial(_additive_ops.cuda_forward, simt))
     monkeypatch.setattr(_additive_ops, "_backward", functools.partial(_additive_ops.cuda_backward, simt))
-    before = simt.launches()
-    yield simt
-    assert simt.launches() > before, "no kernel was launched"
+    with must_launch(simt):
+        yield simt
 
 
 def operands(

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import must_launch
 from test_simt import OPTIONS, operands, options_of
 from test_simt_backward import gradients, inputs_of, use
 from torch import Tensor
@@ -50,9 +51,8 @@ def allow() -> None:
 @pytest.fixture
 def backend(simt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     use(simt, monkeypatch)
-    before = simt.launches()
-    yield simt
-    assert simt.launches() > before, "no kernel was launched"
+    with must_launch(simt):
+        yield simt
 
 
 def rounded(x: Tensor) -> Tensor:
