@@ -23,6 +23,7 @@ from attnfast.nn import BahdanauAttention, HardAttention, ProjectedMemory
 
 CELL, GRID = 16, 3
 PIXELS = CELL * GRID
+SIDE = PIXELS // 8  # annotation vectors in a row: the encoder halves the picture three times
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 WORDS = ("<pad>", "<s>", "</s>", "a", "framed", "left", "right", "of", "above", "and", *NAMES)
 PAD, BEGIN, END = 0, 1, 2
@@ -39,7 +40,7 @@ class Sizes:
     tested: int
 
 
-FULL = Sizes(channels=48, hidden=128, embedding=48, batch=48, steps=800, tested=1000)
+FULL = Sizes(channels=48, hidden=128, embedding=48, batch=48, steps=4000, tested=1000)
 QUICK = Sizes(channels=8, hidden=16, embedding=8, batch=8, steps=3, tested=12)
 
 
@@ -121,7 +122,7 @@ class Step(NamedTuple):
 
 
 class Captioner(nn.Module):
-    r"""A convolutional encoder with 12 x 12 annotation vectors, and the paper's LSTM decoder (section 3.1).
+    r"""A convolutional encoder with 6 x 6 annotation vectors, and the paper's LSTM decoder (section 3.1).
 
     The read-out is :math:`p \propto \exp(L_o(E y_{t-1} + L_h h_t + L_z \hat z_t))`, the first state two networks of the
     mean annotation, and soft contexts have a scalar gate :math:`\beta_t = \sigma(f_\beta(h_{t-1}))`.
@@ -134,9 +135,9 @@ class Captioner(nn.Module):
         self.encoder = nn.Sequential(
             nn.Conv2d(1, c // 2, 3, padding=1), nn.BatchNorm2d(c // 2), nn.ReLU(), nn.MaxPool2d(2),
             nn.Conv2d(c // 2, c, 3, padding=1), nn.BatchNorm2d(c), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(c, c, 3, padding=1), nn.BatchNorm2d(c), nn.ReLU(),
+            nn.Conv2d(c, c, 3, padding=1), nn.BatchNorm2d(c), nn.ReLU(), nn.MaxPool2d(2),
         )  # fmt: skip
-        self.place = nn.Parameter(0.1 * torch.randn(PIXELS // 4 * PIXELS // 4, c))  # which annotation is where
+        self.place = nn.Parameter(0.1 * torch.randn(SIDE**2, c))  # which annotation is where
         self.baseline: Tensor  # of REINFORCE: the moving mean of log p, a part of what a checkpoint keeps
         self.register_buffer("baseline", torch.tensor(math.nan))
         self.attention = HardAttention(n, c, n) if hard else BahdanauAttention(n, c, n)
@@ -224,8 +225,7 @@ def loss_of(
 
 def masses(weights: Tensor, cell: Tensor) -> Tensor:
     """Share of each word's attention that falls on the cell it names, and NaN for words that name none, ``[B, T]``."""
-    side = PIXELS // 4
-    in_cells = weights.unflatten(-1, (GRID, side // GRID, GRID, side // GRID)).sum((-3, -1)).flatten(-2)
+    in_cells = weights.unflatten(-1, (GRID, SIDE // GRID, GRID, SIDE // GRID)).sum((-3, -1)).flatten(-2)
     found = in_cells.gather(-1, cell.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     return found.where(cell >= 0, math.nan)
 
@@ -266,12 +266,11 @@ def draw(run: Experiment, name: str, model: Captioner, batch: Batch) -> None:
     texts = [text_of(row) for row in words.tolist()]
     columns = max(1, min(12, max(map(len, texts))))
     figure, grid = pyplot.subplots(2, columns, figsize=(1.25 * columns, 3.2), layout="constrained", squeeze=False)
-    side = PIXELS // 4
     for axes, image, text, seen in zip(grid, batch.image, texts, weights):
         for axis in axes:
             axis.set_axis_off()
         for axis, word, weight in zip(axes, text, seen):
-            wide = nn.functional.interpolate(weight.view(1, 1, side, side), size=(PIXELS, PIXELS), mode="nearest")[0, 0]
+            wide = nn.functional.interpolate(weight.view(1, 1, SIDE, SIDE), size=(PIXELS, PIXELS), mode="nearest")[0, 0]
             axis.imshow(image[0].numpy(), cmap="gray")
             axis.imshow((wide / wide.max()).numpy(), cmap="hot", alpha=0.55)
             axis.set_title(word, fontsize=8)
@@ -286,9 +285,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run = Experiment("caption", chosen)
     pictures = Pictures()
     test = pictures.draw(sizes.tested, run.generator("test"), True)
-    side = PIXELS // 4
     uniform = 100 / GRID**2
-    run.text(f"Pictures of {PIXELS} x {PIXELS} pixels, {side} x {side} annotation vectors of {sizes.channels}; {steps}"
+    run.text(f"Pictures of {PIXELS} x {PIXELS} pixels, {SIDE} x {SIDE} annotation vectors of {sizes.channels}; {steps}"
              f" steps of {sizes.batch}; {sizes.tested} test pictures with digits that were never seen. Uniform"
              f" attention would put {uniform:.1f}% on any cell.")  # fmt: skip
     rows = []

@@ -54,8 +54,8 @@ class Sizes:
 
 SIZES = {
     "quick": Sizes(8, 16, 2, 1, 0.0, 8, 3, 1e-3),
-    "numbers": Sizes(64, 192, 4, 3, 0.1, 64, 300, 2e-3),
-    "g2p": Sizes(128, 256, 4, 3, 0.2, 128, 900, 2e-3),
+    "numbers": Sizes(64, 192, 4, 3, 0.1, 64, 900, 2e-3),
+    "g2p": Sizes(128, 256, 4, 3, 0.2, 256, 4500, 2e-3),
 }
 
 
@@ -175,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     task = TASKS[chosen.task](chosen.quick)
     sizes = SIZES["quick" if chosen.quick else "g2p" if chosen.task == "g2p" else "numbers"]
     steps = chosen.steps or sizes.steps
-    default = ("mapped", "luong-general") if chosen.task == "g2p" else SOME
+    default = ("luong-general", "mapped") if chosen.task == "g2p" else SOME
     names = chosen.models or default
     run.text(
         f"{task.name}: {len(task.test)} test sources, {len(task.source_words)} and {len(task.target_words)} tokens;"
