@@ -27,6 +27,7 @@ SIDE = PIXELS // 8  # annotation vectors in a row: the encoder halves the pictur
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 WORDS = ("<pad>", "<s>", "</s>", "a", "framed", "left", "right", "of", "above", "and", *NAMES)
 PAD, BEGIN, END = 0, 1, 2
+LONGEST = 3 * 3 + 2 * 4 + 1  # words of a caption and its end: "a framed nine", "above and right of"
 NUMBER = {word: index for index, word in enumerate(WORDS)}
 
 
@@ -138,8 +139,8 @@ class Captioner(nn.Module):
             nn.Conv2d(c, c, 3, padding=1), nn.BatchNorm2d(c), nn.ReLU(), nn.MaxPool2d(2),
         )  # fmt: skip
         self.place = nn.Parameter(0.1 * torch.randn(SIDE**2, c))  # which annotation is where
-        self.baseline: Tensor  # of REINFORCE: the moving mean of log p, a part of what a checkpoint keeps
-        self.register_buffer("baseline", torch.tensor(math.nan))
+        self.baseline: Tensor  # of REINFORCE: the moving mean of log p by word, a part of what a checkpoint keeps
+        self.register_buffer("baseline", torch.full((LONGEST,), math.nan))
         self.attention = HardAttention(n, c, n) if hard else BahdanauAttention(n, c, n)
         self.first = nn.ModuleList(nn.Linear(c, n) for _ in range(2))
         self.gate = nn.Linear(n, 1)
@@ -199,11 +200,12 @@ class Captioner(nn.Module):
 
 
 def loss_of(
-    model: Captioner, batch: Batch, soft: bool, stochastic: float = 1.0, reinforce: float = 0.1, entropy: float = 0.02
+    model: Captioner, batch: Batch, soft: bool, stochastic: float = 1.0, reinforce: float = 1.0, entropy: float = 0.02
 ) -> Tensor:
     """The paper's two objectives (sections 4.1 and 4.2).
 
-    `soft` is the toss of one coin for the whole call, as in the authors' program, not one for each sample.
+    `soft` is the toss of one coin for the whole call, as in the authors' program, not one for each sample. The reward of
+    a place is the log-probability of the words from there on: it has no part in those before.
     """
     given, wanted = batch.caption[:, :-1], batch.caption[:, 1:]
     there = (wanted != PAD).float()
@@ -214,13 +216,14 @@ def loss_of(
         # Doubly stochastic: every annotation should be looked at about once; summed over words, averaged over places.
         seen = (step.weights * there.unsqueeze(-1)).sum(1)
         return loss + stochastic * ((1 - seen) ** 2).mean(1).mean()
-    reward = log_p.detach().sum(1)
-    baseline = torch.where(model.baseline.isnan(), reward.mean(), model.baseline)
-    if model.training:
-        model.baseline.copy_(0.9 * baseline + 0.1 * reward.mean())
-    chosen = (step.log_prob * there).sum(1)
+    reward = log_p.detach().flip(1).cumsum(1).flip(1)
+    kept = model.baseline[: reward.shape[1]]
+    baseline = torch.where(kept.isnan(), reward.mean(0), kept)
+    if model.training and not soft:
+        kept.copy_(0.9 * baseline + 0.1 * reward.mean(0))
+    chosen = ((reward - baseline) * step.log_prob * there).sum(1)
     spread = -(step.weights * step.weights.clamp_min(1e-20).log()).sum(-1)
-    return loss - reinforce * ((reward - baseline) * chosen).mean() - entropy * (spread * there).sum(1).mean()
+    return loss - reinforce * chosen.mean() - entropy * (spread * there).sum(1).mean()
 
 
 def masses(weights: Tensor, cell: Tensor) -> Tensor:

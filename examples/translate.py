@@ -175,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     task = TASKS[chosen.task](chosen.quick)
     sizes = SIZES["quick" if chosen.quick else "g2p" if chosen.task == "g2p" else "numbers"]
     steps = chosen.steps or sizes.steps
-    default = ("luong-general", "mapped") if chosen.task == "g2p" else SOME
+    default = ("luong-general",) if chosen.task == "g2p" else SOME
     names = chosen.models or default
     run.text(
         f"{task.name}: {len(task.test)} test sources, {len(task.source_words)} and {len(task.target_words)} tokens;"
