@@ -237,7 +237,8 @@ class Result(NamedTuple):
     exact: float
     bleu: float
     mass: float  # on the digit that a word names, the true caption given
-    framed: float  # the same for "framed"
+    ahead: float  # on the same digit, already at the "a" before it
+    framed: float  # on the digit of "framed"
 
 
 def measure(model: Captioner, batch: Batch) -> Result:
@@ -251,9 +252,12 @@ def measure(model: Captioner, batch: Batch) -> Result:
         [" ".join(text) for text in got], [[" ".join(text) for text in want]], tokenize="none", force=True
     ).score
     with torch.no_grad():
-        mass = masses(model(batch.image, batch.caption[:, :-1], soft=model.hard).weights, batch.cell)
-    frames = batch.caption[:, 1:] == NUMBER["framed"]
-    return Result(100 * exact, bleu, 100 * mass[~frames].nanmean().item(), 100 * mass[frames].nanmean().item())
+        weights = model(batch.image, batch.caption[:, :-1], soft=model.hard).weights
+    said = batch.caption[:, 1:]
+    frames, articles = said == NUMBER["framed"], said[:, :-1] == NUMBER["a"]
+    mass, ahead = masses(weights, batch.cell), masses(weights[:, :-1], batch.cell[:, 1:])
+    shares = (100 * part.nanmean().item() for part in (mass[~frames], ahead[articles], mass[frames]))
+    return Result(100 * exact, bleu, *shares)
 
 
 def text_of(numbers: Sequence[int]) -> list[str]:
@@ -307,7 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             name, model, step_loss, steps, optimizer, schedule=schedule, clip=5.0, save_every=max(1, steps // 4)
         )
         result = measure(model, test)
-        rows.append((name, result.exact, result.bleu, result.mass, result.framed, f"{trained.seconds / 60:.1f}"))
+        rows.append((name, *result, f"{trained.seconds / 60:.1f}"))
         draw(run, name, model, test)
         if chosen.backend == "reference":
             run.speed(name, model, step_loss)
@@ -316,6 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "exact, %",
         "BLEU",
         "mass on the named digit, %",
+        'at the "a" before it, %',
         'mass on the frame of "framed", %',
         "minutes",
     )

@@ -228,6 +228,38 @@ def test_an_unknown_backend_is_named() -> None:
         pass
 
 
+def test_attention_mass_falls_on_cells() -> None:
+    from caption import GRID, SIDE, masses
+
+    weights = torch.zeros(1, 2, SIDE**2)
+    weights[0, :, 3 * SIDE + 1] = 0.75  # row 3, column 1: the middle row of cells, the left one
+    weights[0, :, 0] = 0.25
+    found = masses(weights, torch.tensor([[GRID, -1]]))
+    assert found[0, 0] == 0.75 and found[0, 1].isnan()
+    assert masses(weights, torch.tensor([[0, 1]])).tolist() == [[0.25, 0.0]]
+
+
+def test_a_choice_is_rewarded_for_the_words_from_there_on() -> None:
+    from caption import BEGIN, END, PAD, WORDS, Batch, Step, loss_of
+
+    logits, choices = torch.randn(2, 3, len(WORDS)), torch.zeros(2, 3, requires_grad=True)
+
+    class Fixed(nn.Module):
+        hard = True
+        baseline = torch.tensor([0.5, -1.0, 2.0, 7.0])
+
+        def forward(self, *_: Any) -> Step:
+            return Step(logits, torch.full((2, 3, 4), 0.25), choices)
+
+    caption = torch.tensor([[BEGIN, 4, 5, END], [BEGIN, 6, END, PAD]])
+    batch = Batch(torch.zeros(2, 1, 1, 1), caption, torch.zeros(2, 3))
+    (gradient,) = torch.autograd.grad(loss_of(Fixed().eval(), batch, False), choices)
+    log_p = logits.log_softmax(-1)
+    a, b = ([log_p[row, t, caption[row, t + 1]].item() for t in range(3)] for row in (0, 1))
+    rewards = torch.tensor([[a[0] + a[1] + a[2], a[1] + a[2], a[2]], [b[0] + b[1], b[1], 2.0]])
+    torch.testing.assert_close(gradient, -(rewards - torch.tensor([0.5, -1.0, 2.0])) / 2)
+
+
 RUNS = {
     "translate en-de": ["translate.py", "--task", "en-de"],
     "translate en-fr reference": ["translate.py", "--task", "en-fr", "--backend", "reference", "--models", "bahdanau"],
