@@ -204,8 +204,8 @@ def loss_of(
 ) -> Tensor:
     """The paper's two objectives (sections 4.1 and 4.2).
 
-    `soft` is the toss of one coin for the whole call, as in the authors' program, not one for each sample. The reward of
-    a place is the log-probability of the words from there on: it has no part in those before.
+    `soft` is the toss of one coin for the whole call, as in the authors' program, not one for each sample. The reward
+    of a place is the log-probability of the words from there on: it has no part in those before.
     """
     given, wanted = batch.caption[:, :-1], batch.caption[:, 1:]
     there = (wanted != PAD).float()
