@@ -86,7 +86,8 @@ check-arm: setup
 check-simt: setup
 	$(PYTHON) tools/simt_tests.py none address thread
 
-# Where nvcc is: attnfast._cuda for every GPU, built apart and loaded. Nothing runs on a GPU.
+# Where nvcc is: attnfast._cuda, built apart and loaded, for every GPU if kernels or compiler are not those of the budget.
+# Nothing runs on a GPU.
 cuda-module: setup
 	$(PYTHON) tools/cuda_module.py
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -168,6 +169,42 @@ def test_the_budget_names_every_architecture_that_is_built(tools: ModuleType) ->
     assert tools.compare(budget, budget) == []
     occupancy = (TOOLS / "cuda_occupancy.cpp").read_text()
     assert all(f'"{architecture}"' in occupancy for architecture in built)
+
+
+def test_the_budget_was_written_for_these_kernels(tools: ModuleType) -> None:
+    """Otherwise `make check` would compile all of them for every GPU each time, or, worse, believe an old budget."""
+    if tools.cuda_module.find_nvcc() is None:
+        pytest.skip("no nvcc on this machine")
+    version = subprocess.check_output([tools.cuda_module.find_nvcc(), "--version"], text=True)
+    if "V13.0.88" not in version:
+        pytest.skip("the budget was written with another nvcc")
+    assert tools.cuda_module.known()
+
+
+def test_a_digest_tells_what_the_kernels_depend_on(
+    tools: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = tools.cuda_module
+    names = ("CMakeLists.txt", "csrc/core/a.h", "csrc/cuda/b.cu", "csrc/cuda/device/c.cuh")
+    files = [tmp_path / name for name in names]
+    for path in files:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(path.name)
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho one\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(module, "DIGEST", tmp_path / "digest")
+    monkeypatch.setattr(module, "find_nvcc", lambda: str(nvcc))
+    assert not module.known()
+    for path in [*files, nvcc]:
+        (tmp_path / "digest").write_text(module.digest() + "\n")
+        assert module.known()
+        path.write_text(path.read_text() + "echo two\n")
+        assert not module.known(), path
+    (tmp_path / "digest").write_text(module.digest() + "\n")
+    files[1].rename(files[1].with_name("d.h"))
+    assert not module.known()
 
 
 def test_the_module_is_loaded_only_when_needed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,12 @@
 """Compares what the compiler made of every CUDA kernel, on every GPU architecture, with the budget. Runs on no GPU.
 
     python tools/cuda_budget.py            check against tests/cuda_budget.json
+    python tools/cuda_budget.py --every    the same, with every architecture compiled anew
     python tools/cuda_budget.py --write    write what is found now, and docs/roofline.md, which quotes it
 
-The module is built first (tools/cuda_module.py); registers, memory and instructions are read from it (cuda_sass.py).
+The module is built first (tools/cuda_module.py), for one architecture if kernels and compiler are still those that the
+budget was written for: then it holds for the others by tests/cuda_budget.sha256. Registers, memory and instructions are
+read from it (cuda_sass.py).
 How large the blocks are and how much dynamic shared memory they have is decided by the host side of a launch: the
 programs of tests/simt note it for every kernel that they run under the emulator. With it NVIDIA's occupancy rules say
 how many blocks fit a multiprocessor (cuda_occupancy.cpp).
@@ -147,7 +150,8 @@ def as_text(usage: Usage) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--every", action="store_true", help="compile for every architecture, whatever is on record")
+    parser.add_argument("--write", action="store_true", help="make what is found now the budget")
     given = parser.parse_args()
     nvcc = cuda_module.find_nvcc()
     if nvcc is None:
@@ -157,12 +161,14 @@ def main() -> int:
     if cuobjdump is None:
         print("cuda_budget: NOT CHECKED, there is no cuobjdump on this machine (requirements-dev.txt installs it)")
         return 0
-    usage = cuda_sass.read_module(cuobjdump, cuda_module.build())
-    if missing := set(ARCHITECTURES) ^ set(usage):
+    every = given.every or given.write or not cuda_module.known()
+    usage = cuda_sass.read_module(cuobjdump, cuda_module.build(every))
+    if missing := set(ARCHITECTURES if every else [f"sm_{cuda_module.ONE.removesuffix('-real')}"]) ^ set(usage):
         sys.exit(f"cuda_budget: the module and this check do not agree on {', '.join(sorted(missing))}")
     add_launches(nvcc, usage, emulated_launches())
     if given.write:
         BUDGET.write_text(as_text(usage))
+        cuda_module.DIGEST.write_text(cuda_module.digest() + "\n")
         roofline.write()
     problems = compare(usage, json.loads(BUDGET.read_text()))
     count = sum(map(len, usage.values()))

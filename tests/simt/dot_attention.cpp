@@ -205,7 +205,7 @@ void check_counts(DType dtype, int64_t size, bool tf32 = false) {
 int main(int count, char** arguments) {
   using namespace attnfast;
   using namespace attnfast::simt;
-  const Cases cases = cases_of(count, arguments, 200, 60);
+  const Cases cases = cases_of(count, arguments, 200, 40);
   run_cases(cases, small_config, [](const native::Problem& problem, int64_t) { return check(problem); });
   check_tf32_calls(cases.count * 2 / 5);
   if (cases.count >= 60) {

@@ -317,7 +317,7 @@ void check_counts(DType dtype, int64_t size, bool tf32 = false) {
 int main(int count, char** arguments) {
   using namespace attnfast;
   using namespace attnfast::simt;
-  const Cases cases = cases_of(count, arguments, 150, 15);
+  const Cases cases = cases_of(count, arguments, 150, 10);
   run_cases(cases, small_config, [](const native::Problem& problem, int64_t number) {
     return check(problem, static_cast<uint32_t>(number + 1));
   });
