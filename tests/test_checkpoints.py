@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from attnfast.distributed import ShardedMemory, load_checkpoint, save_checkpoint
+from attnfast.nn import MultiheadAttention
 
 SIZES = (37, 3, 1)  # no multiple of 4; fewer rows than ranks
 
@@ -98,6 +99,71 @@ def test_saved_on_four_ranks_and_loaded_on_others(tmp_path: Path) -> None:
             assert len(loaded) == len(saved) > 60
             for mine, theirs in zip(loaded, saved, strict=True):
                 assert mine.dtype == theirs.dtype and torch.equal(mine, theirs)
+
+
+def sharded() -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Attention under fully_shard; no size is a multiple of 4, so that shards differ and some are empty."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(dist.get_rank() + 1)
+    model = nn.Sequential(nn.Linear(6, 7), SelfAttention(7), nn.LayerNorm(7), nn.Linear(7, 3))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    fully_shard(model[1], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model, torch.optim.AdamW(model.parameters(), lr=0.03)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.attention = MultiheadAttention(size, 1, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+def full(x: Any) -> Tensor:
+    return (x.full_tensor() if hasattr(x, "full_tensor") else x).detach().clone()
+
+
+def states(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    found = {name: full(x) for name, x in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        found |= {f"{name}.{what}": full(x) for what, x in optimizer.state[parameter].items()}
+    return found
+
+
+def save_sharded(rank: int, ranks: int, folder: Path) -> dict[str, Tensor]:
+    model, optimizer = sharded()
+    for step in range(3):
+        optimizer.zero_grad()
+        x = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(10 * step + rank))
+        model(x).square().mean().backward()
+        optimizer.step()
+    save_checkpoint(folder, 3, model, optimizer)
+    return states(model, optimizer)
+
+
+def load_sharded(rank: int, ranks: int, folder: Path) -> dict[str, Tensor]:
+    model, optimizer = sharded()
+    optimizer.param_groups[0]["lr"] = 7.0
+    assert load_checkpoint(folder, model, optimizer) == 3
+    assert optimizer.param_groups[0]["lr"] == 0.03
+    found = states(model, optimizer)
+    model(torch.randn(2, 5, 6)).square().mean().backward()
+    optimizer.step()  # what was loaded is laid out as the optimizer wants it
+    return found
+
+
+def test_shards_of_fsdp_are_saved_on_four_ranks_and_loaded_on_others(tmp_path: Path) -> None:
+    saved = processes.run(4, save_sharded, tmp_path)[0]
+    assert len(saved) == 4 * len([name for name in saved if name.endswith("exp_avg")]) > 30
+    for ranks in (4, 2, 1):
+        for loaded in processes.run(ranks, load_sharded, tmp_path):
+            assert loaded.keys() == saved.keys()
+            for name, x in saved.items():
+                assert x.dtype == loaded[name].dtype and torch.equal(x, loaded[name]), name
 
 
 def refuse(rank: int, ranks: int, folder: Path) -> list[str]:
