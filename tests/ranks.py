@@ -64,6 +64,11 @@ def run(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     return [value for _, value in found]
 
 
+def whole(x: Any) -> Any:
+    """A copy of a tensor, of a DTensor with all ranks' parts."""
+    return (x.full_tensor() if hasattr(x, "full_tensor") else x).detach().clone()
+
+
 def _main(sender: Any, function: Callable[..., Any], rank: int, ranks: int, folder: str, timeout: float, args: Any,
           path: list[str], package: str) -> None:  # fmt: skip
     sys.path[:] = path

@@ -123,14 +123,10 @@ class SelfAttention(nn.Module):
         return self.attention(x, x, x, need_weights=False)[0]
 
 
-def full(x: Any) -> Tensor:
-    return (x.full_tensor() if hasattr(x, "full_tensor") else x).detach().clone()
-
-
 def states(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    found = {name: full(x) for name, x in model.state_dict().items()}
+    found = {name: processes.whole(x) for name, x in model.state_dict().items()}
     for name, parameter in model.named_parameters():
-        found |= {f"{name}.{what}": full(x) for what, x in optimizer.state[parameter].items()}
+        found |= {f"{name}.{what}": processes.whole(x) for what, x in optimizer.state[parameter].items()}
     return found
 
 

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import elastic_job
-import pytest
 import ranks as processes
 
 import attnfast
@@ -22,7 +21,6 @@ def undisturbed(rank: int, ranks: int, folder: Path) -> tuple[list[str], str]:
 
 
 def test_ranks_that_are_killed_lose_no_saved_step(tmp_path: Path) -> None:
-    pytest.importorskip("torch.distributed.run")
     (tmp_path / "whole").mkdir()
     whole = processes.run(2, undisturbed, tmp_path / "whole")
     assert [lines for lines, _ in whole] == 2 * [["from 0", *(f"saved {n}" for n in range(1, elastic_job.STEPS + 1))]]

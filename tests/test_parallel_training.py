@@ -77,12 +77,7 @@ def parallel(rank: int, ranks: int) -> dict[str, dict[str, Tensor]]:
         assert isinstance(heads.query.weight, DTensor) and heads.query.weight.to_local().shape[0] == SIZE // ranks
         train(heads)
         found[kind] = heads
-    return {kind: {name: whole(x) for name, x in model.named_parameters()} for kind, model in found.items()}
-
-
-def whole(x: Any) -> Tensor:
-    """A parameter, or all ranks' parts of it."""
-    return (x.full_tensor() if hasattr(x, "full_tensor") else x).detach().clone()
+    return {kind: {name: processes.whole(x) for name, x in model.named_parameters()} for kind, model in found.items()}
 
 
 def test_parameters_are_those_of_one_process() -> None:
