@@ -1,7 +1,7 @@
 """The copy task of neural Turing machines: read a sequence of random bits, then write it from memory, also longer ones.
 
-Graves, Wayne and Danihelka (2014, section 4.1) train on sequences of 1 to 20 vectors of 8 bits, this script on 1 to 10;
-what was learnt is then tried on up to six times that length. Beside the NTM, with one reading and one writing head,
+As in Graves, Wayne and Danihelka (2014, section 4.1), models learn from sequences of 1 to 20 vectors of 8 bits; what was
+learnt is then tried on up to six times that length. Beside the NTM, with one reading and one writing head,
 stands an LSTM.
 
     python examples/copy_task.py
@@ -34,7 +34,7 @@ class Sizes:
     lengths: tuple[int, ...]
 
 
-FULL = Sizes(slots=64, width=20, hidden=100, longest=10, batch=32, steps=2500, lengths=(3, 5, 10, 15, 20, 30, 45, 60))
+FULL = Sizes(slots=128, width=20, hidden=100, longest=20, batch=32, steps=5000, lengths=(5, 10, 20, 30, 40, 60, 90, 120))
 QUICK = Sizes(slots=12, width=6, hidden=8, longest=3, batch=4, steps=3, lengths=(2, 5))
 
 

@@ -231,10 +231,12 @@ class TransformerLayer(nn.Module):
 
     def forward(
         self, x: Tensor, padding: Tensor | None, causal: Tensor | None, memory: Tensor | None = None,
-        memory_padding: Tensor | None = None, weights: bool = False,
+        memory_padding: Tensor | None = None, weights: bool = False, last: bool = False,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        y, _ = self.self_attention(x, x, x, key_padding_mask=padding, attn_mask=causal, need_weights=False)
-        x = self.norms[0](x + self.dropout(y))
+        """`last`: what comes out is that of the last position of x alone."""
+        query = x[:, -1:] if last else x
+        y, _ = self.self_attention(query, x, x, key_padding_mask=padding, attn_mask=causal, need_weights=False)
+        x = self.norms[0](query + self.dropout(y))
         seen = None
         if self.cross_attention is not None:
             y, seen = self.cross_attention(x, memory, memory, key_padding_mask=memory_padding, need_weights=weights)
@@ -263,31 +265,31 @@ class Transformer(EncoderDecoder):
         x = self._embed(self.source_embedding, source)
         for layer in self.encoder:
             x, _ = layer(x, padding, None)
-        return x, padding, source.new_zeros(source.shape[0], 0)
+        return x, padding, *(x[:, :0] for _ in self.decoder)
 
     def step(self, token: Tensor, state: State, position: int) -> tuple[Tensor, State, Tensor | None]:
-        """The prefix is computed anew: sentences are short, and the state is the tokens themselves."""
-        memory, padding, prefix = state
-        prefix = torch.cat([prefix, token.unsqueeze(1)], 1)
-        logits, weights = self._decode(prefix, memory, padding, True)
-        return logits[:, -1], (memory, padding, prefix), None if weights is None else weights[:, -1]
+        """The state holds what entered each layer of the decoder so far; only the new position goes through them."""
+        memory, padding, *entered = state
+        x = self._embed(self.target_embedding, token.unsqueeze(1), position)
+        weights = None
+        for number, layer in enumerate(self.decoder):
+            entered[number] = torch.cat([entered[number], x], 1)
+            x, weights = layer(entered[number], None, None, memory, padding, number == len(self.decoder) - 1, True)
+        logits = nn.functional.linear(x, self.target_embedding.weight).squeeze(1)
+        return logits, (memory, padding, *entered), None if weights is None else weights.squeeze(1)
 
     def forward(self, source: Tensor, lengths: Tensor, target: Tensor) -> Tensor:
-        memory, padding, _ = self.encode(source, lengths)
-        return self._decode(target, memory, padding, False)[0]
-
-    def _decode(self, target: Tensor, memory: Tensor, padding: Tensor, weights: bool) -> tuple[Tensor, Tensor | None]:
-        causal = torch.ones(target.shape[1], target.shape[1], dtype=torch.bool).triu(
-            1
-        )  # torch's polarity: True is hidden
+        memory, padding, *_ = self.encode(source, lengths)
+        tokens = target.shape[1]
+        causal = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)  # torch's polarity: True is hidden
         x = self._embed(self.target_embedding, target)
-        seen = None
         for layer in self.decoder:
-            x, seen = layer(x, None, causal, memory, padding, weights)
-        return nn.functional.linear(x, self.target_embedding.weight), seen
+            x, _ = layer(x, None, causal, memory, padding)
+        return nn.functional.linear(x, self.target_embedding.weight)
 
-    def _embed(self, table: nn.Embedding, tokens: Tensor) -> Tensor:
-        return self.dropout(table(tokens) * self.size**0.5 + sinusoids(tokens.shape[1], self.size))
+    def _embed(self, table: nn.Embedding, tokens: Tensor, first: int = 0) -> Tensor:
+        places = sinusoids(first + tokens.shape[1], self.size)[first:]
+        return self.dropout(table(tokens) * self.size**0.5 + places)
 
 
 def sinusoids(tokens: int, size: int) -> Tensor:

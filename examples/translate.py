@@ -35,7 +35,7 @@ LUONG = {  # name: score, local, input feeding
     "luong-feeding": ("general", None, True),
 }
 MODELS = (*FIXED, "bahdanau", *LUONG, "transformer")
-SOME = ("mapped", "bahdanau", "luong-general", "luong-feeding")  # without --models: what fits into minutes
+DEFAULT = {"en-fr": MODELS, "en-de": ("mapped", "bahdanau", "luong-general", "luong-feeding"), "g2p": ("luong-general",)}
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,9 @@ class Sizes:
 
 SIZES = {
     "quick": Sizes(8, 16, 2, 1, 0.0, 8, 3, 1e-3),
-    "numbers": Sizes(64, 192, 4, 3, 0.1, 64, 300, 2e-3),
-    "g2p": Sizes(128, 256, 4, 3, 0.2, 256, 4500, 2e-3),
+    "en-fr": Sizes(64, 192, 4, 3, 0.1, 64, 600, 2e-3),
+    "en-de": Sizes(64, 192, 4, 3, 0.1, 64, 1500, 2e-3),
+    "g2p": Sizes(128, 384, 4, 3, 0.25, 256, 4500, 2e-3),
 }
 
 
@@ -173,10 +174,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = options.parse_args(arguments)
     run = Experiment(f"translate-{chosen.task}", chosen, script="translate")
     task = TASKS[chosen.task](chosen.quick)
-    sizes = SIZES["quick" if chosen.quick else "g2p" if chosen.task == "g2p" else "numbers"]
+    sizes = SIZES["quick" if chosen.quick else chosen.task]
     steps = chosen.steps or sizes.steps
-    default = ("luong-general",) if chosen.task == "g2p" else SOME
-    names = chosen.models or default
+    names = chosen.models or DEFAULT[chosen.task]
     run.text(
         f"{task.name}: {len(task.test)} test sources, {len(task.source_words)} and {len(task.target_words)} tokens;"
         f" {steps} steps of {sizes.batch} pairs, beam {chosen.beam}."
