@@ -1,8 +1,8 @@
 """The copy task of neural Turing machines: read a sequence of random bits, then write it from memory, also longer ones.
 
-As in Graves, Wayne and Danihelka (2014, section 4.1), models learn from sequences of 1 to 20 vectors of 8 bits; what was
-learnt is then tried on up to six times that length. Beside the NTM, with one reading and one writing head,
-stands an LSTM.
+As in Graves, Wayne and Danihelka (2014, section 4.1), models learn from sequences of 1 to 20 vectors of 8 bits; what
+was learnt is then tried on up to six times that length. Beside the NTM, with one reading and one writing head, stands
+an LSTM.
 
     python examples/copy_task.py
 """
@@ -34,8 +34,8 @@ class Sizes:
     lengths: tuple[int, ...]
 
 
-FULL = Sizes(slots=128, width=20, hidden=100, longest=20, batch=32, steps=5000, lengths=(5, 10, 20, 30, 40, 60, 90, 120))
-QUICK = Sizes(slots=12, width=6, hidden=8, longest=3, batch=4, steps=3, lengths=(2, 5))
+FULL = Sizes(128, width=20, hidden=100, longest=20, batch=32, steps=5000, lengths=(5, 10, 20, 30, 40, 60, 90, 120))
+QUICK = Sizes(12, width=6, hidden=8, longest=3, batch=4, steps=3, lengths=(2, 5))
 
 
 class Trace(NamedTuple):

@@ -35,7 +35,11 @@ LUONG = {  # name: score, local, input feeding
     "luong-feeding": ("general", None, True),
 }
 MODELS = (*FIXED, "bahdanau", *LUONG, "transformer")
-DEFAULT = {"en-fr": MODELS, "en-de": ("mapped", "bahdanau", "luong-general", "luong-feeding"), "g2p": ("luong-general",)}
+DEFAULT = {  # without --models
+    "en-fr": MODELS,
+    "en-de": ("mapped", "bahdanau", "luong-general", "luong-feeding"),
+    "g2p": ("luong-general",),
+}
 
 
 @dataclass(frozen=True)
