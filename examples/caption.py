@@ -302,7 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     learnt: dict[str, Tensor] = {}
     for name, rate in (("soft", 2e-3), ("hard", 1e-3)):
         model = run.build(name, partial(Captioner, sizes, name == "hard"))
-        if learnt:  # untrained weights choose at random, and no choice is rewarded more: hard attention starts from soft
+        if learnt:  # of untrained weights no choice is rewarded more than another: hard attention starts from soft
             model.load_state_dict(learnt)
         optimizer = torch.optim.Adam(model.parameters(), lr=rate)
         schedule = one_cycle(optimizer, rate, steps[name], 0.1)
