@@ -1,11 +1,9 @@
 """The recurrent attention model on digits somewhere in a larger image, plain and cluttered: where does it look?
 
 Mnih, Heess, Graves and Kavukcuoglu (2014): a sensor reads a small glimpse, a recurrent core says where to look next,
-and only the last state is classified. Places are learnt by REINFORCE. As in the bound of the likelihood that the deep
-recurrent model maximises (Ba, Mnih and Kavukcuoglu 2015), a place is rewarded with the log-probability of the right
-digit, which says more than whether it won, and the core learns from REINFORCE as well. Beside it stand glimpses at
-random places and a fully connected network on the whole image. The digits are scikit-learn's (8 x 8, enlarged to
-24 x 24), so no figure here can be compared with one on MNIST.
+and only the last state is classified. Places are learnt by REINFORCE. Beside it stand glimpses at random places and a
+fully connected network on the whole image. The digits are scikit-learn's (8 x 8, enlarged to 24 x 24), so no figure
+here can be compared with one on MNIST.
 
     python examples/glimpse.py --task cluttered
 """
@@ -128,10 +126,10 @@ class RecurrentAttention(nn.Module):
             glimpse = self.join[0](self.what(seen).relu()) + self.join[1](self.where(place).relu())
             places.append(place)
             log_probs.append(log_prob)
-            # What the reward is expected to be may not train the core: it sees its state, and sends nothing back.
+            # Neither of these two may train the core: both see its state, and send nothing back.
             expected.append(self.reward(hidden.detach()).squeeze(-1))
             hidden = (self.core[0](hidden) + self.core[1](glimpse.relu())).relu()
-            place, log_prob = self._next(hidden, generator)
+            place, log_prob = self._next(hidden.detach(), generator)
         return Walk(self.digit(hidden), torch.stack(places, 1), torch.stack(log_probs, 1), torch.stack(expected, 1))
 
     def _next(self, hidden: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
@@ -162,18 +160,13 @@ class Connected(nn.Module):
 
 
 def loss_of(walk: Walk, labels: Tensor, strength: float = 0.1) -> Tensor:
-    """Cross entropy of the last state, and REINFORCE on its negative, less what was expected (section 3.2).
-
-    A reward is -4 at least, so that a few hopeless pictures do not rule a batch; what is left after the baseline is
-    divided by its deviation, so that `strength` means the same early and late.
-    """
-    surprise = nn.functional.cross_entropy(walk.logits, labels, reduction="none")
+    """Cross entropy of the last state, and REINFORCE on whether it was right, less what was expected (section 3.2)."""
+    loss = nn.functional.cross_entropy(walk.logits, labels)
     if walk.log_prob.shape[1] == 0:
-        return surprise.mean()
-    reward = -surprise.detach().clamp(max=4).unsqueeze(1)
-    advantage = (reward - walk.expected).detach()
-    advantage = advantage / (advantage.std() + 1e-6)
-    return surprise.mean() + ((walk.expected - reward) ** 2).mean() - strength * (walk.log_prob * advantage).mean()
+        return loss
+    right = (walk.logits.argmax(-1) == labels).to(walk.logits.dtype).unsqueeze(1)
+    advantage = (right - walk.expected).detach()
+    return loss + ((walk.expected - right) ** 2).mean() - strength * (walk.log_prob * advantage).mean()
 
 
 def error(run: Experiment, digits: Digits, model: nn.Module, sizes: Sizes, cluttered: bool) -> float:

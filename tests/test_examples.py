@@ -260,6 +260,58 @@ def test_a_choice_is_rewarded_for_the_words_from_there_on() -> None:
     torch.testing.assert_close(gradient, -(rewards - torch.tensor([0.5, -1.0, 2.0])) / 2)
 
 
+@pytest.mark.parametrize("name", ["mapped", "pooled", "last", "bahdanau", "luong-dot", "luong-concat", "luong-location",
+                                  "luong-local-m", "luong-local-p", "luong-feeding", "transformer"])  # fmt: skip
+def test_steps_of_a_search_are_those_of_training(name: str) -> None:
+    """Also with sources of different lengths, and after the batch was reordered, as a beam is."""
+    from translate import SIZES, TASKS, make
+
+    pytest.importorskip("num2words")
+    task = TASKS["en-fr"](True)
+    torch.manual_seed(0)
+    model = make(name, task, SIZES["quick"])().eval()
+    batch = task.batch(task.validation[:5])
+    order = torch.tensor([3, 0, 0, 4])
+    with torch.no_grad():
+        whole = model(batch.source, batch.lengths, batch.target[:, :-1])
+        state = model.encode(batch.source, batch.lengths)
+        for position in range(whole.shape[1]):
+            if position == 2:
+                state, batch, whole = (
+                    tuple(x[order] for x in state),
+                    type(batch)(*(x[order] for x in batch)),
+                    whole[order],
+                )
+            logits, state, weights = model.step(batch.target[:, position], state, position)
+            torch.testing.assert_close(logits, whole[:, position])
+            if weights is not None:
+                hidden = torch.arange(weights.shape[1]) >= batch.lengths.unsqueeze(1)
+                assert weights.any() and not weights[hidden].any()
+
+
+def test_hard_attention_starts_from_soft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import caption
+    from training import Experiment
+
+    seen: dict[str, list[dict[str, Tensor]]] = {}
+
+    def trained(self: Any, label: str, model: nn.Module, *_: Any, **__: Any) -> Any:
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1e-3)
+        model.eval()  # measuring must not change the statistics of the batch norms
+        seen[label] = [before, {name: tensor.clone() for name, tensor in model.state_dict().items()}]
+        return argparse.Namespace(seconds=0.0)
+
+    monkeypatch.setattr(Experiment, "train", trained)
+    pytest.importorskip("sacrebleu")
+    caption.main(["--quick", "--threads", "1", "--out", str(tmp_path)])
+    soft, hard = seen["soft"][1], seen["hard"][0]
+    assert all(torch.equal(soft[name], hard[name]) for name in soft if name != "baseline")
+    assert seen["soft"][0].keys() == hard.keys() and hard["baseline"].isnan().all()
+
+
 RUNS = {
     "translate en-de": ["translate.py", "--task", "en-de"],
     "translate en-fr reference": ["translate.py", "--task", "en-fr", "--backend", "reference", "--models", "bahdanau"],
