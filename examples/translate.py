@@ -214,8 +214,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     columns = ("model", "million weights", "minutes", "validation loss", "exact, %", "token errors, %", "BLEU")
     run.table(f"{task.name}: held-out sources", columns, rows)
     ranges = [f"{low}-{high}" for low, high in task.lengths]
-    run.table(f"{task.name}: exactly right, %, by tokens of the source", ("model", *ranges),
-              [(name, *(100 * row.exact for row in scores)) for name, scores in results.items()])  # fmt: skip
+    counts = [row.count for row in results[names[0]]]
+    for title, field, scale in (("exactly right, %", "exact", 100), ("token errors, %", "token_errors", 100),
+                                ("BLEU", "bleu", 1)):  # fmt: skip
+        run.table(f"{task.name}: {title}, by tokens of the source", ("model", *ranges),
+                  [("(sentences)", *counts), *((name, *(scale * getattr(row, field) for row in scores))
+                                               for name, scores in results.items())])  # fmt: skip
     draw_lengths(run, task, results)
     run.finish()
 
