@@ -145,10 +145,11 @@ def perplexity(model: nn.Module, text: Tensor, sizes: Sizes, most: int) -> float
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser(__doc__.splitlines()[0])
+    options.add_argument("--double", action="store_true", help="float64, where rounding parts the curves later")
     chosen = options.parse_args(arguments)
     sizes = QUICK if chosen.quick else FULL
     steps = chosen.steps or sizes.steps
-    run = Experiment("language_model", chosen)
+    run = Experiment(f"language_model{'-double' if chosen.double else ''}", chosen, script="language_model")
     text = manual()
     words = int(text.max()) + 1
     kept = max(2 * sizes.context, len(text) // 20)
@@ -167,6 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             label = f"{name}{'-memory' if memory else ''}"
             # One label for both: the same first weights.
             model = run.build(f"memory {memory}", partial(LanguageModel, sizes, words, memory, name == "torch"))
+            model.to(torch.float64 if chosen.double else torch.float32)
             with PlainReads() if name == "torch" else contextlib.nullcontext():
                 trained[name] = teach(run, label, model, train, sizes, steps)
                 quality = perplexity(model, test, sizes, 4 if chosen.quick else 64)

@@ -320,6 +320,7 @@ RUNS = {
     "glimpse": ["glimpse.py", "--task", "translated"],
     "glimpse cluttered": ["glimpse.py", "--task", "cluttered"],
     "language_model": ["language_model.py", "--backend", "reference"],
+    "language_model double": ["language_model.py", "--double"],
     "memory_qa world": ["memory_qa.py", "--part", "world"],
     "memory_qa memn2n reference": ["memory_qa.py", "--part", "memn2n", "--backend", "reference"],
     "memory_qa words": ["memory_qa.py", "--part", "words"],
