@@ -2,8 +2,8 @@
 
 Its text is the manual that Python carries for ``pydoc``. Characters, ALiBi positions (Press et al. 2022) in place of
 embeddings. The same model is trained from the same seed with attnfast and with plain torch (its
-`scaled_dot_product_attention`, and the sparse read as gather and sum): the losses must agree within rounding, and the
-table says how fast each is.
+`scaled_dot_product_attention`, and product keys with its `topk` and `embedding_bag`): the losses must agree within
+rounding, and the table says how fast each is.
 
     python examples/language_model.py
 """
@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from training import Experiment, Trained, one_cycle, parser
 
 import attnfast
-from attnfast import reference
 from attnfast.nn import ProductKeyMemory
 from attnfast.nn import _product_keys as product_keys
 
@@ -113,12 +112,27 @@ class LanguageModel(nn.Module):
         return nn.functional.scaled_dot_product_attention(q, k, v, self.bias[:, : q.shape[2], : q.shape[2]])
 
 
+def plain_read(query: Tensor, row_keys: Tensor, column_keys: Tensor, values: Tensor, topk: int, **_: Any) -> Tensor:
+    """The read with torch's operations: the best of each half, the best of their sums (Lample et al. 2019, section
+    3.1), and a weighted bag of embeddings."""
+    halves = zip(query.unbind(-2), (row_keys, column_keys))
+    (first, row), (second, column) = (torch.einsum("...hd,hnd->...hn", *pair).topk(topk) for pair in halves)
+    scores, pair = (first.unsqueeze(-1) + second.unsqueeze(-2)).flatten(-2).topk(topk)
+    slots = row.gather(-1, pair // topk) * row_keys.shape[-2] + column.gather(-1, pair % topk)
+    tokens = query.shape[:-3]
+    read = nn.functional.embedding_bag(
+        slots.view(tokens.numel(), -1), values, mode="sum",
+        per_sample_weights=scores.softmax(-1).view(tokens.numel(), -1),
+    )  # fmt: skip
+    return read.view(*tokens, -1)
+
+
 class PlainReads:
-    """Within it product-key memories read with torch's operations, as the reference writes them."""
+    """Within it product-key memories read with torch's operations."""
 
     def __enter__(self) -> None:
         self.before = product_keys.product_key_read
-        product_keys.product_key_read = reference.product_key_read
+        product_keys.product_key_read = plain_read
 
     def __exit__(self, *_: object) -> None:
         product_keys.product_key_read = self.before

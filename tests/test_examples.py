@@ -312,6 +312,22 @@ def test_hard_attention_starts_from_soft(tmp_path: Path, monkeypatch: pytest.Mon
     assert seen["soft"][0].keys() == hard.keys() and hard["baseline"].isnan().all()
 
 
+def test_the_plain_product_key_read_is_that_of_the_reference() -> None:
+    from language_model import plain_read
+
+    from attnfast import reference
+
+    torch.manual_seed(0)
+    query, keys, values = torch.randn(2, 5, 3, 2, 4), torch.randn(3, 2, 7, 4), torch.randn(49, 6)
+    tensors = [tensor.double().requires_grad_() for tensor in (query, keys[:, 0], keys[:, 1], values)]
+    got, want = plain_read(*tensors, 4, sparse_grad=False), reference.product_key_read(*tensors, 4)
+    assert isinstance(want, Tensor)
+    torch.testing.assert_close(got, want)
+    cotangent = torch.randn_like(want)
+    for a, b in zip(*(torch.autograd.grad(read, tensors, cotangent) for read in (got, want))):
+        torch.testing.assert_close(a, b)
+
+
 RUNS = {
     "translate en-de": ["translate.py", "--task", "en-de"],
     "translate en-fr reference": ["translate.py", "--task", "en-fr", "--backend", "reference", "--models", "bahdanau"],
