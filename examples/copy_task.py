@@ -131,21 +131,21 @@ def draw_heads(run: Experiment, sizes: Sizes, model: nn.Module) -> None:
     from matplotlib import pyplot
 
     length = sizes.longest
+    near = min(length + 2, (sizes.slots - 1) // 2)  # heads may move either way from slot 0: it is in the middle
     bits = torch.randint(2, (1, length, BITS), generator=run.generator("picture")).float()
     with torch.no_grad():
         trace = model(bits)
     figure, axes = pyplot.subplots(4, 1, figsize=(7, 7.5), layout="constrained", height_ratios=(1, 1, 2, 2))
-    pictures = (("bits", bits[0].t()), ("answer", trace.logits[0].sigmoid().t()), ("written to", trace.written[0].t()),
-                ("read from", trace.read[0].t()))  # fmt: skip
+    written, read = (heads[0].t().roll(near, 0)[: 2 * near + 1] for heads in (trace.written, trace.read))
+    pictures = (("bits", bits[0].t()), ("answer", trace.logits[0].sigmoid().t()), ("written to", written),
+                ("read from", read))  # fmt: skip
     for axis, (title, picture) in zip(axes, pictures):
-        axis.imshow(
-            picture[: 2 * length + 2].numpy(), cmap="gray", vmin=0, vmax=1, aspect="auto", interpolation="nearest"
-        )
+        axis.imshow(picture.numpy(), cmap="gray", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
         axis.set_ylabel(title)
         axis.set_yticks([])
     axes[-1].set_xlabel("step")
-    run.figure("heads", figure, "Above: the bits and what was written from memory. Below: slots (rows) by step"
-               " (columns); the writing head leaves a trail, which the reading head follows after it.")  # fmt: skip
+    run.figure("heads", figure, "Above: the bits and what was written from memory. Below: the slots around slot 0 (rows) by"
+               " step (columns); the writing head leaves a trail, which the reading head follows after it.")  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

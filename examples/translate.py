@@ -147,9 +147,11 @@ def draw_lengths(run: Experiment, task: Task, results: dict[str, list[Scores]]) 
 
     figure, axes = pyplot.subplots(figsize=(7.5, 4.5), layout="constrained")
     names = [f"{low}-{high}" for low, high in task.lengths]
-    for model, rows in results.items():
+    colors = pyplot.get_cmap("tab20").colors
+    for number, (model, rows) in enumerate(results.items()):
         style = "--" if model in FIXED else "-"
-        axes.plot(names, [100 * row.exact for row in rows], style, marker="o", markersize=3, label=model)
+        axes.plot(names, [100 * row.exact for row in rows], style, color=colors[(2 * number + number // 10) % 20],
+                  marker="o", markersize=3, label=model)  # fmt: skip
     axes.set_xlabel("tokens of the source")
     axes.set_ylabel("exactly right, %")
     axes.set_title(f"{task.name}: held-out sources")
