@@ -59,7 +59,7 @@ class Sizes:
 SIZES = {
     "quick": Sizes(8, 16, 2, 1, 0.0, 8, 3, 1e-3),
     "en-fr": Sizes(64, 192, 4, 3, 0.1, 64, 600, 2e-3),
-    "en-de": Sizes(64, 192, 4, 3, 0.1, 64, 1500, 2e-3),
+    "en-de": Sizes(64, 192, 4, 3, 0.1, 64, 900, 2e-3),
     "g2p": Sizes(128, 384, 4, 3, 0.25, 256, 4500, 2e-3),
 }
 
@@ -147,10 +147,10 @@ def draw_lengths(run: Experiment, task: Task, results: dict[str, list[Scores]]) 
 
     figure, axes = pyplot.subplots(figsize=(7.5, 4.5), layout="constrained")
     names = [f"{low}-{high}" for low, high in task.lengths]
-    colors = pyplot.get_cmap("tab20").colors
+    colors = pyplot.get_cmap("tab20")
     for number, (model, rows) in enumerate(results.items()):
         style = "--" if model in FIXED else "-"
-        axes.plot(names, [100 * row.exact for row in rows], style, color=colors[(2 * number + number // 10) % 20],
+        axes.plot(names, [100 * row.exact for row in rows], style, color=colors((2 * number + number // 10) % 20),
                   marker="o", markersize=3, label=model)  # fmt: skip
     axes.set_xlabel("tokens of the source")
     axes.set_ylabel("exactly right, %")
