@@ -144,8 +144,9 @@ def draw_heads(run: Experiment, sizes: Sizes, model: nn.Module) -> None:
         axis.set_ylabel(title)
         axis.set_yticks([])
     axes[-1].set_xlabel("step")
-    run.figure("heads", figure, "Above: the bits and what was written from memory. Below: the slots around slot 0 "
-               "(rows) by step (columns); the writing head leaves a trail, which the reading head follows after it.")  # fmt: skip
+    caption = ("Above: the bits and what was written from memory. Below: the slots around slot 0 (rows) by step"
+               " (columns); the writing head leaves a trail, which the reading head follows after it.")  # fmt: skip
+    run.figure("heads", figure, caption)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
