@@ -166,6 +166,9 @@ def draw_alignment(run: Experiment, task: Task, name: str, model: EncoderDecoder
     batch = task.batch([pair])
     output = greedy(model, batch.source, batch.lengths, 2 + 2 * len(pair.source))[0]
     text = task.target_words.write(output)
+    if not text:  # a model that has learnt too little may end at once
+        run.text(f"{name} writes nothing: there is no alignment to draw.")
+        return
     weights = alignment(model, batch.source, batch.lengths, output[: len(text)])
     axes = plot_alignment(weights[: len(text)], pair.source, text, title=f"{task.name}, {name}")
     run.figure(f"{task.name}-{name}", axes.figure, f"{task.name}, {name}: each row is a token that was written, each"

@@ -328,6 +328,21 @@ def test_the_plain_product_key_read_is_that_of_the_reference() -> None:
         torch.testing.assert_close(a, b)
 
 
+def test_a_model_that_writes_nothing_has_no_alignment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import translate
+    from sentences import END
+    from training import Experiment
+
+    pytest.importorskip("num2words")
+    monkeypatch.setattr(translate, "greedy", lambda *_: [[END]])
+    task = translate.TASKS["en-fr"](True)
+    model = translate.make("transformer", task, translate.SIZES["quick"])().eval()
+    run = Experiment("test", options(tmp_path))
+    translate.draw_alignment(run, task, "transformer", model, task.test[0])
+    assert "transformer writes nothing" in run.finish().read_text()
+    assert not list(tmp_path.rglob("*.png"))
+
+
 RUNS = {
     "translate en-de": ["translate.py", "--task", "en-de"],
     "translate en-fr reference": ["translate.py", "--task", "en-fr", "--backend", "reference", "--models", "bahdanau"],
