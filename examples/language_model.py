@@ -182,7 +182,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             label = f"{name}{'-memory' if memory else ''}"
             # One label for both: the same first weights.
             model = run.build(f"memory {memory}", partial(LanguageModel, sizes, words, memory, name == "torch"))
-            model.to(torch.float64 if chosen.double else torch.float32)
+            if chosen.double:
+                model.double()
             with PlainReads() if name == "torch" else contextlib.nullcontext():
                 trained[name] = teach(run, label, model, train, sizes, steps)
                 quality = perplexity(model, test, sizes, 4 if chosen.quick else 64)

@@ -147,7 +147,7 @@ def draw_lengths(run: Experiment, task: Task, results: dict[str, list[Scores]]) 
 
     figure, axes = pyplot.subplots(figsize=(7.5, 4.5), layout="constrained")
     names = [f"{low}-{high}" for low, high in task.lengths]
-    colors = pyplot.get_cmap("tab20")
+    colors = pyplot.get_cmap("tab20")  # ten dark colours and, between them, a light one of each: the dark ones first
     for number, (model, rows) in enumerate(results.items()):
         style = "--" if model in FIXED else "-"
         axes.plot(names, [100 * row.exact for row in rows], style, color=colors((2 * number + number // 10) % 20),

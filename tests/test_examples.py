@@ -260,8 +260,9 @@ def test_a_choice_is_rewarded_for_the_words_from_there_on() -> None:
     torch.testing.assert_close(gradient, -(rewards - torch.tensor([0.5, -1.0, 2.0])) / 2)
 
 
-@pytest.mark.parametrize("name", ["mapped", "pooled", "last", "bahdanau", "luong-dot", "luong-concat", "luong-location",
-                                  "luong-local-m", "luong-local-p", "luong-feeding", "transformer"])  # fmt: skip
+@pytest.mark.parametrize("name", ["mapped", "pooled", "last", "bahdanau", "luong-dot", "luong-general", "luong-concat",
+                                  "luong-location", "luong-local-m", "luong-local-p", "luong-feeding",
+                                  "transformer"])  # fmt: skip
 def test_steps_of_a_search_are_those_of_training(name: str) -> None:
     """Also with sources of different lengths, and after the batch was reordered, as a beam is."""
     from translate import SIZES, TASKS, make
